@@ -1,0 +1,69 @@
+// Everything of torch that a binding may use: the stable ABI, in the part that torch 2.10 and later share.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "view.h"
+
+// libtorch_cuda is not linked: on a CPU build of torch this is null, on a CUDA build it is the real function.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace pyseq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+// A tensor whose last axis is contiguous as it stands; any other is copied once.
+inline Tensor rows_contiguous(const Tensor& t) {
+  return t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+}
+inline OptionalTensor rows_contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(rows_contiguous(*t)) : std::nullopt;
+}
+
+inline Tensor as_float32(const Tensor& t) {   // contiguous float32: weights, A, D, biases
+  return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
+inline OptionalTensor as_float32(const OptionalTensor& t) { return t ? OptionalTensor(as_float32(*t)) : std::nullopt; }
+
+inline View view(const Tensor& t) {
+  View v{t.mutable_data_ptr(), dtype_of(t), {}};
+  for (int64_t i = 0; i + 1 < t.dim() && i < 4; ++i) v.stride[i] = t.stride(i);
+  return v;
+}
+inline View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// Where a CUDA kernel runs: the tensor's device, on torch's current stream. On the emulator: here, now.
+struct Launch {
+#ifdef PYSEQ_SIMT
+  void* stream = nullptr;
+  explicit Launch(const Tensor&) {}
+#else
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+  explicit Launch(const Tensor& t) : guard(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+#endif
+};
+
+}  // namespace pyseq

@@ -24,7 +24,7 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));   // bfloat16 or float16 bits
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }   // x - 0 is x, -0 too, and folds to one broadcast; x + 0 does not
 inline vi splat_int(int32_t x) { return vi{} + x; }
 inline vf as_float(vi x) { return (vf)x; }
 inline vi as_int(vf x) { return (vi)x; }

@@ -1,0 +1,66 @@
+// The only file that knows which compiler reads a .cu: nvcc, or g++ for the emulator that tests run on.
+#pragma once
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "simt/simt.h"
+#endif
+
+#include <cstddef>
+
+namespace pyseq {
+
+// launch<kernel>(grid, block, bytes of dynamic shared memory, stream, arguments...) returns a cudaError_t.
+// It neither synchronises nor allocates. Launches are recorded under the kernel's name on the emulator.
+template <auto kernel, class... Arguments>
+int launch(dim3 grid, dim3 block, size_t dynamic_smem_bytes, void* stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_smem_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+#ifdef __CUDACC__
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (dynamic_smem_bytes > kWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_smem_bytes));
+    if (error != cudaSuccess) return error;
+  }
+#else
+  simt::name_kernel(reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__);
+#endif
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// The dynamic shared memory of the block, aligned to 16 bytes at least.
+template <class T> __device__ __forceinline__ T* dynamic_smem() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#else
+  return reinterpret_cast<T*>(simt::dynamic_shared);
+#endif
+}
+
+// 2^x, one instruction (2 ulp, denormals flushed to zero); exp(x) = ex2(x log2 e).
+__device__ __forceinline__ float ex2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+// Storage is float, bf16 or fp16; arithmetic is float. One rounding, to nearest even, at the store.
+__device__ __forceinline__ float load(const float* p) { return *p; }
+__device__ __forceinline__ float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
+__device__ __forceinline__ float load(const __half* p) { return __half2float(*p); }
+__device__ __forceinline__ void store(float* p, float x) { *p = x; }
+__device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
+
+}  // namespace pyseq

@@ -1,0 +1,214 @@
+// One thread block: its threads are fibers that run until they meet others, at a barrier or in a warp collective.
+//
+// A thread that arrives leaves word where it waits and gives way. The last to arrive completes the meeting (it computes
+// the results of all participants) and makes them runnable. When threads wait and none can run, the kernel has
+// diverged, and the message tells who waits where.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstdio>
+#include <numeric>
+#include <source_location>
+#include <string>
+
+#include <cuda_runtime_api.h>                                    // only its types: dim3, cudaError_t, cudaLaunchConfig_t
+
+#include "simt/fiber.h"
+
+namespace simt {
+
+constexpr unsigned kMaxThreads = 1024, kWarp = 32, kMaxWarps = kMaxThreads / kWarp;
+
+// Order of threads and of blocks: 0 ascending, 1 descending, n > 1 shuffled with seed n.
+struct Order {
+  int kind = 0;
+  uint64_t random = 1;
+  void restart() { random = uint64_t(kind) * 0x9e3779b97f4a7c15u | 1; }
+  uint32_t operator()(uint32_t bound) {                          // xorshift*, bound <= 2^32
+    random ^= random >> 12, random ^= random << 25, random ^= random >> 27;
+    return uint32_t(((random * 0x2545f4914f6cdd1du) >> 32) * bound >> 32);
+  }
+  template <class Index> void arrange(Index* items, uint32_t n) {
+    std::iota(items, items + n, Index(0));
+    if (kind == 1) std::reverse(items, items + n);
+    for (uint32_t i = n; kind > 1 && i > 1; --i) std::swap(items[i - 1], items[(*this)(i)]);
+  }
+};
+
+struct Site { const char* call; uint32_t mask; std::source_location where; };   // what a thread waits in
+
+// Completes a warp collective: operand[lane] points into the stack of each lane in `present`.
+using Combine = void (*)(uint32_t present, void* const* operand);
+
+struct Meeting { uint32_t mask, arrived; Combine combine; const char* call; };
+struct Thread { Context context; uint3 index; unsigned rank; Site site; };
+struct Warp { uint32_t alive, runnable; unsigned open; Meeting meetings[kWarp]; void* operand[kWarp]; };
+
+struct Block {
+  Thread threads[kMaxThreads];
+  Warp warps[kMaxWarps];
+  unsigned num_threads, num_warps, alive, at_barrier;
+  Site barrier;
+  uint8_t warp_order[kMaxWarps];                                 // which warp goes first, while it can
+  Order schedule;
+  Context scheduler;
+  const void* kernel;
+  void (*call)(const void* kernel);                              // the kernel with its arguments
+  std::string error;                                             // empty while all is well
+};
+
+inline Block block;
+inline Thread* self;                                             // the running thread
+
+struct Position { uint3 thread, block; dim3 threads, blocks; };  // threadIdx, blockIdx, blockDim, gridDim
+inline Position position;
+
+inline unsigned lane() { return self->rank % kWarp; }
+inline Warp& warp() { return block.warps[self->rank / kWarp]; }
+
+inline std::string describe(const Site& site) {
+  std::string text = site.call;
+  char mask[32];
+  std::snprintf(mask, sizeof mask, "(mask 0x%08x)", site.mask);
+  if (site.mask) text += mask;
+  const std::string file = site.where.file_name();
+  return text + " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.where.line());
+}
+
+// The running thread has found a fault: the launch fails, and no thread of the block is continued.
+inline void give_up(const std::string& what) { block.error = what; }
+[[noreturn]] inline void stop() { for (;;) switch_to(self->context, block.scheduler); }
+
+inline void wait(const Site& site) {
+  self->site = site;
+  switch_to(self->context, block.scheduler);
+}
+
+inline void release_barrier() {
+  block.at_barrier = 0;
+  for (unsigned w = 0; w < block.num_warps; ++w) block.warps[w].runnable = block.warps[w].alive;
+  if (block.schedule.kind > 1) block.schedule.arrange(block.warp_order, block.num_warps);
+}
+
+inline void sync_block(const Site& site) {
+  if (block.at_barrier == 0) block.barrier = site;
+  if (site.where.line() != block.barrier.where.line()) {
+    give_up("thread " + std::to_string(self->rank) + " is in " + describe(site) + ", others are in " + describe(block.barrier));
+    stop();
+  }
+  warp().runnable &= ~(1u << lane());
+  if (++block.at_barrier == block.alive) release_barrier();
+  wait(site);
+}
+
+// Threads that have exited are not waited for.
+inline void complete_meetings(Warp& w) {
+  for (unsigned i = 0; i < w.open;) {
+    const Meeting m = w.meetings[i];
+    if (m.arrived == (m.mask & w.alive)) {
+      if (m.combine) m.combine(m.arrived, w.operand);
+      w.runnable |= m.arrived;
+      w.meetings[i] = w.meetings[--w.open];
+    } else {
+      ++i;
+    }
+  }
+}
+
+// All lanes of `mask` that have not exited meet here, with the same combine; each then reads its result in its operand.
+inline void meet(const Site& site, Combine combine, void* operand) {
+  Warp& w = warp();
+  const uint32_t me = 1u << lane();
+  if (!(site.mask & me)) {
+    give_up("thread " + std::to_string(self->rank) + " is not in the mask of its own " + describe(site));
+    stop();
+  }
+  Meeting* m = std::find_if(w.meetings, w.meetings + w.open, [&](const Meeting& open) { return open.mask == site.mask; });
+  if (m == w.meetings + w.open) w.meetings[w.open++] = {site.mask, 0, combine, site.call};
+  if (m->combine != combine || m->call != site.call) {
+    const Site& others = block.threads[self->rank / kWarp * kWarp + std::countr_zero(m->arrived)].site;
+    give_up("thread " + std::to_string(self->rank) + " is in " + describe(site) + ", others are in " + describe(others));
+    stop();
+  }
+  m->arrived |= me;
+  w.operand[lane()] = operand;
+  w.runnable &= ~me;
+  complete_meetings(w);
+  wait(site);
+}
+
+inline void run_thread() {
+  fiber_entered(block.scheduler);
+  block.call(block.kernel);
+  Warp& w = warp();
+  w.alive &= ~(1u << lane()), w.runnable &= ~(1u << lane());
+  --block.alive;
+  if (block.at_barrier && block.at_barrier == block.alive) release_barrier();
+  complete_meetings(w);
+  stop();
+}
+
+// A warp runs as far as it can before the next one does: a missing barrier then shows.
+inline Thread* next_thread() {
+  for (unsigned i = 0; i < block.num_warps; ++i) {
+    const unsigned w = block.warp_order[i];
+    const uint32_t runnable = block.warps[w].runnable;
+    if (!runnable) continue;
+    const int turn = block.schedule.kind > 1 ? int(block.schedule(kWarp)) : 0;
+    const int lane = block.schedule.kind == 1 ? 31 - std::countl_zero(runnable)
+                                              : (std::countr_zero(std::rotr(runnable, turn)) + turn) % int(kWarp);
+    return &block.threads[w * kWarp + lane];
+  }
+  return nullptr;
+}
+
+inline std::string divergence() {
+  std::string text = "divergence, no thread can go on:";
+  for (unsigned w = 0, groups = 0; w < block.num_warps && groups < 4; ++w) {
+    for (uint32_t left = block.warps[w].alive; left && groups < 4; ++groups) {
+      const Site& site = block.threads[w * kWarp + std::countr_zero(left)].site;
+      uint32_t same = 0;
+      for (uint32_t rest = left; rest; rest &= rest - 1) {
+        const unsigned lane = std::countr_zero(rest);
+        const Site& other = block.threads[w * kWarp + lane].site;
+        if (other.where.line() == site.where.line() && other.call == site.call && other.mask == site.mask) same |= 1u << lane;
+      }
+      char lanes[64];
+      std::snprintf(lanes, sizeof lanes, "%s lanes 0x%08x of warp %u wait in ", groups ? ";" : "", same, w);
+      text += lanes + describe(site);
+      left &= ~same;
+    }
+  }
+  return text;
+}
+
+// Runs the block at position.block. Returns false, with the reason in block.error, if the kernel is at fault.
+inline bool run_block() {
+  static Stacks stacks(kMaxThreads);
+  const dim3 size = position.threads;
+  const unsigned n = size.x * size.y * size.z;
+  block.num_threads = block.alive = n, block.num_warps = (n + kWarp - 1) / kWarp, block.at_barrier = 0;
+  for (unsigned w = 0; w < block.num_warps; ++w) {
+    const unsigned lanes = std::min(n - w * kWarp, kWarp);
+    block.warps[w].alive = block.warps[w].runnable = ~0u >> (kWarp - lanes), block.warps[w].open = 0;
+  }
+  for (unsigned i = 0; i < n; ++i) {
+    Thread& t = block.threads[i];
+    t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)}, t.rank = i;
+    stacks.start(t.context, i, run_thread);
+  }
+  block.schedule.arrange(block.warp_order, block.num_warps);
+  while (block.alive && block.error.empty()) {
+    self = next_thread();
+    if (!self) {
+      give_up(divergence());
+      break;
+    }
+    position.thread = self->index;
+    switch_to(block.scheduler, self->context);
+  }
+  return block.error.empty();
+}
+
+}  // namespace simt

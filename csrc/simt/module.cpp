@@ -1,0 +1,18 @@
+// _simt: the CUDA kernels, compiled for the CPU and run by the emulator. Importing it registers torch.ops.pyseq_simt;
+// the functions below steer the emulator and tell what it saw.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "simt/launch.h"
+
+PYBIND11_MODULE(_simt, m) {
+  m.def("set_schedule", [](int n) { simt::block.schedule.kind = n; },
+        "order in which the threads of a block run: 0 ascending, 1 descending, n > 1 shuffled with seed n");
+  m.def("set_block_order", [](int n) { simt::record.block_order.kind = n; }, "the same for the blocks of a grid");
+  m.def("launches", [] { return simt::record.launches; }, "launches since the last reset(), by kernel name");
+  m.def("last_error", [] { return simt::record.last_error; }, "why a launch returned an error; empty if none did");
+  m.def("reset", [] {
+    simt::block.schedule = {}, simt::record.block_order = {};
+    simt::record.launches.clear(), simt::record.last_error.clear();
+  }, "ascending orders, no launches, no error");
+}

@@ -20,7 +20,7 @@ template <int kThreads> __device__ __forceinline__ float block_sum(float x) {
   __syncthreads();
   float total = 0.0f;
   for (int w = 0; w < kWarps; ++w) total += warp_total[w];
-  __syncthreads();                                               // warp_total is read above, and the next call writes it
+  __syncthreads();   // warp_total is read above, written by the next call
   return total;
 }
 

@@ -12,7 +12,7 @@
 #include <source_location>
 #include <string>
 
-#include <cuda_runtime_api.h>                                    // only its types: dim3, cudaError_t, cudaLaunchConfig_t
+#include <cuda_runtime_api.h>                                    // types only
 
 #include "simt/fiber.h"
 
@@ -36,7 +36,12 @@ struct Order {
   }
 };
 
-struct Site { const char* call; uint32_t mask; std::source_location where; };   // what a thread waits in
+struct Site {                                                    // what a thread waits in
+  const char* call;
+  uint32_t mask;
+  std::source_location where;
+  bool operator==(const Site& o) const { return call == o.call && mask == o.mask && where.line() == o.where.line(); }
+};
 
 // Completes a warp collective: operand[lane] points into the stack of each lane in `present`.
 using Combine = void (*)(uint32_t present, void* const* operand);
@@ -53,8 +58,8 @@ struct Block {
   uint8_t warp_order[kMaxWarps];                                 // which warp goes first, while it can
   Order schedule;
   Context scheduler;
-  const void* kernel;
-  void (*call)(const void* kernel);                              // the kernel with its arguments
+  void (*call)(const void* bound);                               // runs the kernel, with the arguments bound to it
+  const void* bound;
   std::string error;                                             // empty while all is well
 };
 
@@ -76,9 +81,14 @@ inline std::string describe(const Site& site) {
   return text + " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.where.line());
 }
 
-// The running thread has found a fault: the launch fails, and no thread of the block is continued.
-inline void give_up(const std::string& what) { block.error = what; }
 [[noreturn]] inline void stop() { for (;;) switch_to(self->context, block.scheduler); }
+
+// The running thread should have met others, and has not: the launch fails, and no thread of the block is continued.
+[[noreturn]] inline void fail(const Site& mine, const Site* others) {
+  block.error = "thread " + std::to_string(self->rank) + " is in " + describe(mine);
+  block.error += others ? ", others are in " + describe(*others) : ", whose mask leaves it out";
+  stop();
+}
 
 inline void wait(const Site& site) {
   self->site = site;
@@ -93,10 +103,7 @@ inline void release_barrier() {
 
 inline void sync_block(const Site& site) {
   if (block.at_barrier == 0) block.barrier = site;
-  if (site.where.line() != block.barrier.where.line()) {
-    give_up("thread " + std::to_string(self->rank) + " is in " + describe(site) + ", others are in " + describe(block.barrier));
-    stop();
-  }
+  if (site != block.barrier) fail(site, &block.barrier);
   warp().runnable &= ~(1u << lane());
   if (++block.at_barrier == block.alive) release_barrier();
   wait(site);
@@ -116,20 +123,16 @@ inline void complete_meetings(Warp& w) {
   }
 }
 
-// All lanes of `mask` that have not exited meet here, with the same combine; each then reads its result in its operand.
+// All lanes of the mask that have not exited meet here, in the same call; each finds its result in its operand.
 inline void meet(const Site& site, Combine combine, void* operand) {
   Warp& w = warp();
   const uint32_t me = 1u << lane();
-  if (!(site.mask & me)) {
-    give_up("thread " + std::to_string(self->rank) + " is not in the mask of its own " + describe(site));
-    stop();
-  }
-  Meeting* m = std::find_if(w.meetings, w.meetings + w.open, [&](const Meeting& open) { return open.mask == site.mask; });
-  if (m == w.meetings + w.open) w.meetings[w.open++] = {site.mask, 0, combine, site.call};
+  if (!(site.mask & me)) fail(site, nullptr);
+  Meeting* const end = w.meetings + w.open;
+  Meeting* const m = std::find_if(w.meetings, end, [&](const Meeting& open) { return open.mask == site.mask; });
+  if (m == end) w.meetings[w.open++] = {site.mask, 0, combine, site.call};
   if (m->combine != combine || m->call != site.call) {
-    const Site& others = block.threads[self->rank / kWarp * kWarp + std::countr_zero(m->arrived)].site;
-    give_up("thread " + std::to_string(self->rank) + " is in " + describe(site) + ", others are in " + describe(others));
-    stop();
+    fail(site, &block.threads[self->rank / kWarp * kWarp + std::countr_zero(m->arrived)].site);
   }
   m->arrived |= me;
   w.operand[lane()] = operand;
@@ -140,7 +143,7 @@ inline void meet(const Site& site, Combine combine, void* operand) {
 
 inline void run_thread() {
   fiber_entered(block.scheduler);
-  block.call(block.kernel);
+  block.call(block.bound);
   Warp& w = warp();
   w.alive &= ~(1u << lane()), w.runnable &= ~(1u << lane());
   --block.alive;
@@ -171,8 +174,7 @@ inline std::string divergence() {
       uint32_t same = 0;
       for (uint32_t rest = left; rest; rest &= rest - 1) {
         const unsigned lane = std::countr_zero(rest);
-        const Site& other = block.threads[w * kWarp + lane].site;
-        if (other.where.line() == site.where.line() && other.call == site.call && other.mask == site.mask) same |= 1u << lane;
+        if (block.threads[w * kWarp + lane].site == site) same |= 1u << lane;
       }
       char lanes[64];
       std::snprintf(lanes, sizeof lanes, "%s lanes 0x%08x of warp %u wait in ", groups ? ";" : "", same, w);
@@ -202,7 +204,7 @@ inline bool run_block() {
   while (block.alive && block.error.empty()) {
     self = next_thread();
     if (!self) {
-      give_up(divergence());
+      block.error = divergence();
       break;
     }
     position.thread = self->index;

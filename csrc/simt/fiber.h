@@ -45,7 +45,8 @@ inline void swap(Context& from, Context& to) { swapcontext(&from.state, &to.stat
 
 inline void prepare(Context& context, char* top, void (*entry)()) {
   getcontext(&context.state);
-  context.state.uc_stack = {const_cast<void*>(context.stack), 0, size_t(top - static_cast<const char*>(context.stack))};
+  context.state.uc_stack.ss_sp = const_cast<void*>(context.stack);
+  context.state.uc_stack.ss_size = top - static_cast<const char*>(context.stack);
   context.state.uc_link = nullptr;
   makecontext(&context.state, entry, 0);
 }
@@ -112,7 +113,7 @@ inline void fiber_entered([[maybe_unused]] Context& starter) {
 }
 
 // One stack per thread of a block, mapped once; a page without access below each turns an overflow into a fault.
-// An odd number of pages per stack, and a top that moves by cache lines, keep the stacks out of each other's cache sets.
+// An odd number of pages per stack, and tops that differ by cache lines, keep stacks out of each other's cache sets.
 class Stacks {
  public:
   explicit Stacks(size_t count) : bytes_(count * kStride) {

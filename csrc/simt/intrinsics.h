@@ -42,8 +42,25 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 // Fibers give way only where they meet, so plain updates are atomic.
-template <class T> T atomicAdd(T* p, std::type_identity_t<T> value) { const T old = *p; *p = old + value; return old; }
-template <class T> T atomicMax(T* p, std::type_identity_t<T> value) { const T old = *p; *p = std::max(old, value); return old; }
-template <class T> T atomicMin(T* p, std::type_identity_t<T> value) { const T old = *p; *p = std::min(old, value); return old; }
-template <class T> T atomicExch(T* p, std::type_identity_t<T> value) { const T old = *p; *p = value; return old; }
-template <class T> T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value) { const T old = *p; if (old == expected) *p = value; return old; }
+namespace simt {
+template <class T, class Change> T update(T* p, Change change) {
+  const T old = *p;
+  *p = change(old);
+  return old;
+}
+}  // namespace simt
+template <class T> T atomicAdd(T* p, std::type_identity_t<T> v) {
+  return simt::update(p, [=](T old) { return T(old + v); });
+}
+template <class T> T atomicMax(T* p, std::type_identity_t<T> v) {
+  return simt::update(p, [=](T old) { return max(old, v); });
+}
+template <class T> T atomicMin(T* p, std::type_identity_t<T> v) {
+  return simt::update(p, [=](T old) { return min(old, v); });
+}
+template <class T> T atomicExch(T* p, std::type_identity_t<T> v) {
+  return simt::update(p, [=](T) { return v; });
+}
+template <class T> T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
+  return simt::update(p, [=](T old) { return old == expected ? v : old; });
+}

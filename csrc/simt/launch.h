@@ -36,7 +36,8 @@ inline cudaError_t refuse(const cudaLaunchConfig_t& config, std::string& why) {
     return cudaErrorInvalidConfiguration;
   }
   if (config.dynamicSmemBytes > kMaxSharedMemory) {
-    why = std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, at most " + std::to_string(kMaxSharedMemory);
+    why = std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, more than " +
+          std::to_string(kMaxSharedMemory);
     return cudaErrorInvalidValue;
   }
   return cudaSuccess;
@@ -58,7 +59,9 @@ inline bool run_grid(const cudaLaunchConfig_t& config) {
   return true;
 }
 
-inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void*), const void* arguments) {
+// `call(bound)` runs one thread of the kernel with its arguments.
+inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void*),
+                          const void* bound) {
   const std::lock_guard lock(record.one_at_a_time);
   const auto known = record.names.find(kernel);
   const std::string name = known == record.names.end() ? "unnamed kernel" : known->second;
@@ -68,7 +71,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
     return error;
   }
   ++record.launches[name];
-  block.kernel = arguments, block.call = call;
+  block.bound = bound, block.call = call;
   if (run_grid(config)) return cudaSuccess;
   const uint3 at = position.block;
   record.last_error = name + ", block " + text({at.x, at.y, at.z}) + ": " + block.error;
@@ -84,7 +87,7 @@ inline std::string kernel_name(std::string signature) {
   return scope == std::string::npos ? name : name.substr(scope + 2);
 }
 
-// Lets launches() and error messages tell kernels apart; signature is the __PRETTY_FUNCTION__ of a template on `kernel`.
+// For launches() and messages; `signature` is the __PRETTY_FUNCTION__ of a template whose parameter is `kernel`.
 inline void name_kernel(const void* kernel, const char* signature) {
   const std::lock_guard lock(record.one_at_a_time);
   if (!record.names.contains(kernel)) record.names[kernel] = kernel_name(signature);
@@ -94,8 +97,9 @@ inline void name_kernel(const void* kernel, const char* signature) {
 
 // The runtime's own spelling, so that one launcher serves both compilers.
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  const auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  using Call = decltype(call);
-  return simt::launch(*config, reinterpret_cast<const void*>(kernel), [](const void* c) { (*static_cast<Call*>(c))(); }, &call);
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const auto bound = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  const auto call = [](const void* b) { (*static_cast<decltype(bound)*>(b))(); };
+  return simt::launch(*config, reinterpret_cast<const void*>(kernel), call, &bound);
 }

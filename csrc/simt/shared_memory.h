@@ -15,10 +15,10 @@
 
 namespace simt {
 
-constexpr size_t kMaxSharedMemory = 227 * 1024;                  // per block, sm_90; what sm_80 and sm_120 grant is less
+constexpr size_t kMaxSharedMemory = 227 * 1024;                  // per block on sm_90; sm_80 and sm_120 grant less
 constexpr int kPoison = 0xff;                                    // float, bf16, fp16 and double NaN; integer -1
 
-inline thread_local char in_segment;                             // an address in the thread-local segment of this module
+inline thread_local char in_segment;                             // lies in the thread-local segment of this module
 alignas(1024) inline char dynamic_shared[kMaxSharedMemory];
 
 struct Segment { char* begin; size_t size; };
@@ -44,7 +44,8 @@ inline Segment static_shared() {
 // The shared memory of one launch; restores the thread-local segment at its end.
 class SharedMemory {
  public:
-  explicit SharedMemory(size_t dynamic_bytes) : dynamic_bytes_(dynamic_bytes), saved_(segment_.begin, segment_.begin + segment_.size) {
+  explicit SharedMemory(size_t dynamic_bytes)
+      : dynamic_bytes_(dynamic_bytes), saved_(segment_.begin, segment_.begin + segment_.size) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_poison_memory_region(dynamic_shared, kMaxSharedMemory);
     __asan_unpoison_memory_region(dynamic_shared, dynamic_bytes);

@@ -15,8 +15,8 @@ using Where = std::source_location;
 
 template <class T, class... U> constexpr bool is_one_of = (std::is_same_v<T, U> || ...);
 template <class T>
-concept Shuffled = is_one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double, __half,
-                             __half2, __nv_bfloat16, __nv_bfloat162>;
+concept Shuffled = is_one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double,
+                             __half, __half2, __nv_bfloat16, __nv_bfloat162>;
 
 template <class T> struct Shuffle { T value; int source; T result; };
 
@@ -53,7 +53,7 @@ template <class Op, class T> T reduce(const char* call, uint32_t mask, T value, 
   return mine.result;
 }
 
-struct Add { template <class T> T operator()(T a, T b) const { return T(std::make_unsigned_t<T>(a) + std::make_unsigned_t<T>(b)); } };
+struct Add { template <class T> T operator()(T a, T b) const { return T(unsigned(a) + unsigned(b)); } };
 struct Min { template <class T> T operator()(T a, T b) const { return std::min(a, b); } };
 struct Max { template <class T> T operator()(T a, T b) const { return std::max(a, b); } };
 struct And { template <class T> T operator()(T a, T b) const { return a & b; } };
@@ -83,7 +83,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, simt::W
   return simt::shuffle(__func__, mask, value, target < end ? target : lane, where);
 }
 
-inline void __syncwarp(unsigned mask = ~0u, simt::Where where = simt::Where::current()) { simt::meet({__func__, mask, where}, nullptr, nullptr); }
+inline void __syncwarp(unsigned mask = ~0u, simt::Where where = simt::Where::current()) {
+  simt::meet({__func__, mask, where}, nullptr, nullptr);
+}
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Where where = simt::Where::current()) {
   return simt::reduce<simt::Or>(__func__, mask, unsigned(predicate != 0) << simt::lane(), where);

@@ -45,8 +45,30 @@ inline vf fma(vf a, float b, vf c) { return fma(a, splat(b), c); }
 inline vf fnma(vf a, vf b, vf c) { return fma(-a, b, c); }   // c - a b
 
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
-inline vf at_least(vf v, float bound) { return v < bound ? splat(bound) : v; }   // NaN stays NaN, here and below
-inline vf at_most(vf v, float bound) { return v > bound ? splat(bound) : v; }
+
+// The machine's max and min return their second operand if either is NaN: NaN stays NaN.
+inline vf at_least(vf v, float bound) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)splat(bound), (__m512)v);
+#elif defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)splat(bound), (__m256)v);
+#elif defined(__SSE__)
+  return (vf)_mm_max_ps((__m128)splat(bound), (__m128)v);
+#else
+  return v < bound ? splat(bound) : v;
+#endif
+}
+inline vf at_most(vf v, float bound) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)splat(bound), (__m512)v);
+#elif defined(__AVX__)
+  return (vf)_mm256_min_ps((__m256)splat(bound), (__m256)v);
+#elif defined(__SSE__)
+  return (vf)_mm_min_ps((__m128)splat(bound), (__m128)v);
+#else
+  return v > bound ? splat(bound) : v;
+#endif
+}
 
 inline float sum(vf v) {   // a fixed tree: halves are added until one lane is left
   float lane[W];
@@ -62,14 +84,21 @@ inline float sum(vf v) {   // a fixed tree: halves are added until one lane is l
 inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-inline vf widen_bf16(vh h) { return as_float(__builtin_convertvector(h, vi) << 16); }
+inline vi widen(vh h) {   // GCC 12 takes convertvector apart into halves
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vi);
+#endif
+}
+inline vf widen_bf16(vh h) { return as_float(widen(h) << 16); }
 
 inline vh narrow_bf16(vf v) {   // to nearest, ties to even; NaN stays NaN
   const vi bits = as_int(v);
   const vi rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const vi quiet = bits | 0x400000;
-  const vi nan = (bits & 0x7fffffff) > 0x7f800000;
-  return __builtin_convertvector((nan ? quiet : rounded) >> 16, vh);
+  return __builtin_convertvector((v != v ? splat_int(0x7fc00000) : rounded) >> 16, vh);
 }
 
 #if !defined(__F16C__)
@@ -207,12 +236,18 @@ inline vf exp2(vf x) {
   return scale(exp2_fraction(x - whole), whole);
 }
 
-// e^x: 2e-7 relative. ln 2 is split in two, so that whole * ln2_high is exact and large x lose nothing.
+// e^x: 2e-7 relative. ln 2 is split in two, so that whole * ln2_high is exact and large x lose nothing; then a minimax
+// polynomial of degree 5 with p(0) = 1 on [-ln 2 / 2, ln 2 / 2], 9.5e-8.
 inline vf exp(vf x) {
   x = at_most(at_least(x, -104.f), 89.f);
   const vf whole = nearest(x * kLog2e);
-  const vf r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
-  return scale(exp2_fraction(r * kLog2e), whole);
+  const vf r = fma(whole, -1.42860677e-6f, fma(whole, -0.693145752f, x));
+  vf p = splat(8.290306665e-03f);
+  p = fma(p, r, splat(4.189793766e-02f));
+  p = fma(p, r, splat(1.666763574e-01f));
+  p = fma(p, r, splat(4.999915063e-01f));
+  p = fma(p, r, splat(9.999997020e-01f));
+  return scale(fma(p, r, splat(1.f)), whole);
 }
 
 // log(1 + x), x >= 0: 2e-7 relative down to the smallest x.

@@ -14,7 +14,7 @@ struct View {
   DType type = DType::f32;
   int64_t stride[4] = {};   // of the leading axes, in order; the last axis has stride 1
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
   void* at(int64_t i) const { return static_cast<char*>(data) + i * size_of(type); }
 };
 

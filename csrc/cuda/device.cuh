@@ -10,6 +10,8 @@
 
 #include <cstddef>
 
+#include "view.h"
+
 namespace pyseq {
 
 // launch<kernel>(grid, block, bytes of dynamic shared memory, stream, arguments...) returns a cudaError_t.
@@ -62,5 +64,21 @@ __device__ __forceinline__ float load(const __half* p) { return __half2float(*p)
 __device__ __forceinline__ void store(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
+
+// The same with the dtype known only at run time: one uniform branch per element, for tensors off the hot path.
+__device__ __forceinline__ float load(const View& x, int64_t i) {
+  switch (x.type) {
+    case DType::bf16: return load(static_cast<const __nv_bfloat16*>(x.data) + i);
+    case DType::f16: return load(static_cast<const __half*>(x.data) + i);
+    default: return load(static_cast<const float*>(x.data) + i);
+  }
+}
+__device__ __forceinline__ void store(const View& x, int64_t i, float v) {
+  switch (x.type) {
+    case DType::bf16: return store(static_cast<__nv_bfloat16*>(x.data) + i, v);
+    case DType::f16: return store(static_cast<__half*>(x.data) + i, v);
+    default: return store(static_cast<float*>(x.data) + i, v);
+  }
+}
 
 }  // namespace pyseq

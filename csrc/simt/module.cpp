@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "registry.h"
 #include "simt/launch.h"
 
 PYBIND11_MODULE(_simt, m) {
+  m.attr("cuda_ops") = pyseq::cuda_ops();
   m.def("set_schedule", [](int n) { simt::block.schedule.kind = n; },
         "order in which the threads of a block run: 0 ascending, 1 descending, n > 1 shuffled with seed n");
   m.def("set_block_order", [](int n) { simt::record.block_order.kind = n; }, "the same for the blocks of a grid");

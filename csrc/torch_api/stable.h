@@ -18,6 +18,7 @@ namespace pyseq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Library = torch::stable::detail::StableLibrary;
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -48,8 +49,21 @@ inline View view(const Tensor& t) {
 }
 inline View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
 
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, type);
+}
+inline Tensor new_tensor_like(const Tensor& like, ScalarType type) { return new_tensor(like, like.sizes(), type); }
+inline Tensor absent(const Tensor& like) { return new_tensor(like, {0}, ScalarType::Float); }   // no optional returns
+
+inline float* floats(const Tensor& t) { return t.mutable_data_ptr<float>(); }
+inline float* floats(const OptionalTensor& t) { return t ? floats(*t) : nullptr; }
+
+// Which twin a binding calls. The emulator's module registers the CUDA twin for CPU tensors.
+enum class Twin { cpu, cuda };
+
+// Work units [0, units) over torch's own threads; `grain` units are worth waking a thread for (20 us).
+template <class F> void parallel(int64_t units, int64_t grain, const F& f) {
+  torch::stable::parallel_for(0, units, grain, f);
 }
 
 // Where a CUDA kernel runs: the tensor's device, on torch's current stream. On the emulator: here, now.
@@ -65,5 +79,9 @@ struct Launch {
   }
 #endif
 };
+
+inline void check_launch(const char* kernel, int error) {
+  STD_TORCH_CHECK(error == 0, kernel, ": the launch failed with cudaError ", error);
+}
 
 }  // namespace pyseq

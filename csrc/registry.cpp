@@ -1,0 +1,59 @@
+// The index of the package: each op's kernels by name, one list for the CPU and one for CUDA. Schemas, fake kernels and
+// gradients are in pyseq/ops/<op>.py; what is registered here is only how to compute.
+#include "registry.h"
+
+#include "torch_api/stable.h"
+
+namespace pyseq {
+
+namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
+
+namespace {
+
+struct Entry {
+  const char* op;
+  void (*implement)(Library&);
+};
+
+constexpr Entry kCpu[] = {
+    {"rms_norm_gated", rms_norm_gated::cpu},
+};
+
+#ifdef PYSEQ_WITH_CUDA
+constexpr Entry kCuda[] = {
+    {"rms_norm_gated", rms_norm_gated::cuda},
+};
+#endif
+
+}  // namespace
+
+std::vector<std::string> cpu_ops() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kCpu) names.push_back(entry.op);
+  return names;
+}
+
+std::vector<std::string> cuda_ops() {
+  std::vector<std::string> names;
+#ifdef PYSEQ_WITH_CUDA
+  for (const Entry& entry : kCuda) names.push_back(entry.op);
+#endif
+  return names;
+}
+
+#ifdef PYSEQ_SIMT
+STABLE_TORCH_LIBRARY_IMPL(pyseq_simt, CPU, m) {
+  for (const Entry& entry : kCuda) entry.implement(m);
+}
+#else
+STABLE_TORCH_LIBRARY_IMPL(pyseq, CPU, m) {
+  for (const Entry& entry : kCpu) entry.implement(m);
+}
+#ifdef PYSEQ_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(pyseq, CUDA, m) {
+  for (const Entry& entry : kCuda) entry.implement(m);
+}
+#endif
+#endif
+
+}  // namespace pyseq

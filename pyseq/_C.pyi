@@ -1,0 +1,7 @@
+cpu_level: int
+cpu_level_of_machine: int
+cpu_has_avx512_bf16: bool
+compiler: str
+cuda_architectures: str | None
+cpu_ops: list[str]
+cuda_ops: list[str]

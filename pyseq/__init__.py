@@ -1,0 +1,18 @@
+"""pyseq: linear-recurrence sequence layers for PyTorch, with CPU (SIMD) and CUDA kernels of their own."""
+
+import torch  # noqa: F401  (first: _C takes torch's libraries from the process)
+
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "pyseq's compiled module is missing or does not load: install the package (`make install` in a checkout). "
+        f"The loader said: {error}"
+    ) from error
+
+from . import reference
+from ._explain import explain
+from .ops.rms_norm_gated import rms_norm_gated
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "explain", "reference", "rms_norm_gated"]

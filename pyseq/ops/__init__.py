@@ -1,0 +1,1 @@
+"""One module per op: the contract. Schema, shapes, gradient, argument errors, and the public functions."""

@@ -1,0 +1,93 @@
+"""Argument errors: each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class Dims:
+    """The sizes an op's letters have taken so far: the first tensor that names a letter fixes its size.
+
+    >>> dims = Dims("selective_scan")
+    >>> dims.match("u", torch.zeros(2, 8, 4), "BTD")
+    >>> dims.match("A", torch.zeros(5, 16), "DN")
+    Traceback (most recent call last):
+    ...
+    ValueError: selective_scan: A has shape [5, 16], expected [D, N] with D = 4 (from u)
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.size: dict[str, int] = {}
+        self._source: dict[str, str] = {}
+        self._device: torch.device | None = None
+
+    def __getitem__(self, letter: str) -> int:
+        return self.size[letter]
+
+    def fix(self, letter: str, size: int, source: str) -> None:
+        self.size[letter] = size
+        self._source[letter] = source
+
+    def match(self, name: str, t: object, letters: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{self.op}: {name} is {type(t).__name__}, expected a tensor [{', '.join(letters)}]")
+        if t.dtype not in dtypes:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{self.op}: {name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {expected}")
+        if self._device is None:
+            self._device, self._source["device"] = t.device, name
+        elif t.device != self._device:
+            raise ValueError(
+                f"{self.op}: {name} is on device {t.device}, expected {self._device} (that of {self._source['device']})"
+            )
+        size = self.size
+        if t.dim() == len(letters):
+            for letter, n in zip(letters, t.shape, strict=True):
+                if size.setdefault(letter, n) != n:
+                    break
+                self._source.setdefault(letter, name)
+            else:
+                return
+        known = [f"{c} = {size[c]} (from {self._source[c]})" for c in letters if self._source.get(c, name) != name]
+        suffix = f" with {', '.join(known)}" if known else ""
+        raise ValueError(
+            f"{self.op}: {name} has shape {list(t.shape)}, expected [{', '.join(letters)}]{suffix}"
+        )
+
+    def optional(self, name: str, t: object, letters: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+        if t is not None:
+            self.match(name, t, letters, dtypes)
+
+    def fail(self, name: str, came: object, expected: str) -> ValueError:
+        return ValueError(f"{self.op}: {name} is {came}, expected {expected}")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: object, batch: int, time: int) -> int:
+    """The number S of packed sequences. Values are read only in eager mode and on a CPU."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"{op}: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 or int64 tensor [S + 1]")
+    if cu_seqlens.dtype not in _INTEGERS:
+        raise TypeError(f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected [S + 1] with S >= 1")
+    if batch != 1:
+        raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, but B is {batch}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu_seqlens) is torch.Tensor:
+        values = cu_seqlens.tolist()
+        ordered = all(a <= b for a, b in zip(values, values[1:], strict=False))
+        if values[0] != 0 or values[-1] != time or not ordered:
+            raise ValueError(f"{op}: cu_seqlens is {_short(values)}, expected 0 to T = {time}, non-decreasing")
+    return cu_seqlens.shape[0] - 1
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
+
+
+def is_float64(*tensors: torch.Tensor | None) -> bool:
+    """float64 data runs through the reference: plain PyTorch, to the last digit."""
+    return any(t is not None and t.dtype == torch.float64 for t in tensors)

@@ -30,7 +30,7 @@ def backends(op: Op) -> list[str]:
 
 @contextlib.contextmanager
 def on(backend: str) -> Iterator[str]:
-    """Calls inside run on `backend`; gives the device for their tensors. On "simt" something must have been launched."""
+    """Calls inside run on `backend`; gives the device for their tensors. On "simt" something must be launched."""
     if backend != "simt":
         yield "cuda" if backend == "cuda" else "cpu"
         return
@@ -74,7 +74,7 @@ def prepare(arguments: dict[str, Any], device: str, *, requires_grad: bool) -> d
 
 
 def loss(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A weighted sum of all outputs in float64. The weights, multiples of 1/8 from -1 to 1, are exact in every dtype."""
+    """A weighted sum of all outputs in float64. The weights, multiples of 1/8 within 1, are exact in every dtype."""
     total = torch.zeros((), dtype=torch.float64)
     for k, y in enumerate(outputs):
         weights = ((7 * torch.arange(y.numel()) + k) % 17 - 8).to(torch.float64).reshape(y.shape) / 8
@@ -82,7 +82,9 @@ def loss(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return total
 
 
-def gradients(function: Any, arguments: dict[str, Any]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+def gradients(
+    function: Any, arguments: dict[str, Any]
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """Outputs and, by argument name, the gradients of `loss` (zeros where an argument does not take part)."""
     outputs = as_tuple(function(**arguments))
     leaves = differentiable(arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,7 +80,7 @@ def check_cu_seqlens(op: str, cu_seqlens: object, batch: int, time: int) -> int:
         raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, but B is {batch}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu_seqlens) is torch.Tensor:
         values = cu_seqlens.tolist()
-        ordered = all(a <= b for a, b in zip(values, values[1:], strict=False))
+        ordered = all(a <= b for a, b in pairwise(values))
         if values[0] != 0 or values[-1] != time or not ordered:
             raise ValueError(f"{op}: cu_seqlens is {_short(values)}, expected 0 to T = {time}, non-decreasing")
     return cu_seqlens.shape[0] - 1

@@ -32,7 +32,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
-    # With a residual the backward reads the sum; x and the residual only lend their dtypes, so none of their bytes is kept.
+    # With a residual the backward reads the sum; x and the residual only lend their dtypes.
     ctx.dtypes = (x.new_empty(0), None) if residual is None else (x.new_empty(0), residual.new_empty(0))
     ctx.save_for_backward(x if residual is None else total, weight, z, rstd)
 

@@ -8,7 +8,8 @@ from torch.nn.functional import silu
 
 
 def _wide(t, *others):
-    return t.to(torch.float64 if any(o is not None and o.dtype == torch.float64 for o in (t, *others)) else torch.float32)
+    double = any(o is not None and o.dtype == torch.float64 for o in (t, *others))
+    return t.to(torch.float64 if double else torch.float32)
 
 
 def rms_norm_gated(x, weight, z=None, *, residual=None, eps=1e-5, group_size=None, norm_before_gate=False):

@@ -34,7 +34,7 @@ def samples(op: str) -> list[Sample]:
 
 
 def cast(arguments: dict[str, Any], dtype: torch.dtype, float32: tuple[str, ...]) -> dict[str, Any]:
-    """Data and gates in `dtype`; the arguments named in `float32`, and every state, in float32 (float64 stays all over)."""
+    """Data in `dtype`; the arguments named in `float32`, and every state, in float32 (but all float64 for float64)."""
 
     def one(name: str, value: Any) -> Any:
         if isinstance(value, tuple):

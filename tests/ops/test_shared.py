@@ -169,7 +169,7 @@ def test_instruction_sets_agree(tmp_path):
             assert_close(tensor, widest[name].double(), name, kind)
 
 
-# ---- sequences: split, packed, stepped ---------------------------------------------------------------------------------
+# ---- sequences: split, packed, stepped -------------------------------------------------------------------------------
 
 
 def cut(op, arguments, begin, end):

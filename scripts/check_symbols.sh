@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# What the binary holds and asks for: nothing that ties it to one torch version, one OpenMP, or one CPU.
+# Usage: check_symbols.sh [a build directory; without one, build/symbols is built]
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+need nm binutils
+dir=${1:-build/symbols}
+(($#)) || build "$dir" -DPYSEQ_CUDA=OFF
+module=$(compgen -G "$dir/_C*.so") || fail "no _C in $dir"
+
+# A template that is not inlined into a v4 object is a weak symbol, which the linker may keep for every other CPU.
+for objects in "$dir"/CMakeFiles/cpu_v*.dir; do
+  isa=$(basename "$objects" .dir)
+  mapfile -t files < <(find "$objects" -name '*.o')
+  ((${#files[@]})) || fail "no objects in $objects"
+  weak=$(nm -C --defined-only "${files[@]}" | grep -E ' [WVu] ' || true)
+  [[ -z $weak ]] || fail "weak symbols in $isa:"$'\n'"$weak"
+  say "$isa: ${#files[@]} objects, 0 weak symbols"
+done
+
+undefined=$(nm -DC --undefined-only "$module" | sed 's/^ *[UwvV] //; s/@.*//')
+shim=$(grep -cE '^(aoti_torch_|torch_)' <<<"$undefined" || true)
+foreign=$(grep -E '\b(at|c10|caffe2|torch)::' <<<"$undefined" || true)
+[[ -z $foreign ]] || fail "C++ symbols of torch, which change between its releases:"$'\n'"$foreign"
+((shim > 0)) || fail "no symbol of torch's C shim is undefined: is this the extension module?"
+say "torch: $shim symbols of its C shim, 0 of its C++ interface"
+
+needed=$(readelf -d "$module" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p')
+! grep -qiE 'gomp|iomp|libomp' <<<"$needed" || fail "an OpenMP runtime in NEEDED:"$'\n'"$needed"
+! grep -q -- '-fopenmp' "$dir/compile_commands.json" || fail "-fopenmp in $dir/compile_commands.json"
+say "needs: $(tr '\n' ' ' <<<"$needed")(no OpenMP runtime; no -fopenmp)"
+
+# Type descriptions of the C++ library are shared between modules by design; nothing of ours may be.
+exported=$(nm -DC --defined-only "$module" | cut -d' ' -f3- | grep -vE '^(typeinfo (name )?for std::|__bss_start|_edata|_end$)' || true)
+[[ $exported == PyInit__C ]] || fail "exports more than PyInit__C:"$'\n'"$exported"
+say "exports: $exported, and std's type descriptions"
+for family in GLIBC GLIBCXX CXXABI GCC; do
+  newest=$(readelf -V "$module" | grep -oE "\b${family}_[0-9.]+" | sort -uV | tail -1 || true)
+  say "newest $family: ${newest:-none}"
+done

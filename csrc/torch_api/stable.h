@@ -37,8 +37,10 @@ inline OptionalTensor rows_contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(rows_contiguous(*t)) : std::nullopt;
 }
 
+inline Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 inline Tensor as_float32(const Tensor& t) {   // contiguous float32: weights, A, D, biases
-  return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+  const Tensor wide = cast(t, ScalarType::Float);
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
 }
 inline OptionalTensor as_float32(const OptionalTensor& t) { return t ? OptionalTensor(as_float32(*t)) : std::nullopt; }
 
@@ -49,8 +51,22 @@ inline View view(const Tensor& t) {
 }
 inline View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
 
+// Uninitialised and contiguous, on the device of `like`. One C call: the dispatcher would look the operator up by name.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  constexpr size_t kMostAxes = 16;
+  STD_TORCH_CHECK(sizes.size() <= kMostAxes, "a tensor of more than 16 axes");
+  int64_t strides[kMostAxes], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides,
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device, like.get_device_index(), &made));
+  return Tensor(made);
 }
 inline Tensor new_tensor_like(const Tensor& like, ScalarType type) { return new_tensor(like, like.sizes(), type); }
 inline Tensor absent(const Tensor& like) { return new_tensor(like, {0}, ScalarType::Float); }   // no optional returns

@@ -40,6 +40,8 @@ class Dims:
         if t.dtype not in dtypes:
             expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{self.op}: {name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {expected}")
+        if t.layout is not torch.strided:
+            raise TypeError(f"{self.op}: {name} has layout {t.layout}, expected a dense tensor (torch.strided)")
         if self._device is None:
             self._device, self._source["device"] = t.device, name
         elif t.device != self._device:

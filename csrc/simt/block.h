@@ -48,12 +48,19 @@ using Combine = void (*)(uint32_t present, void* const* operand);
 
 struct Meeting { uint32_t mask, arrived; Combine combine; const char* call; };
 struct Thread { Context context; uint3 index; unsigned rank; Site site; };
-struct Warp { uint32_t alive, runnable; unsigned open; Meeting meetings[kWarp]; void* operand[kWarp]; };
+struct Warp {
+  uint32_t alive, runnable;
+  unsigned open;
+  Meeting meetings[kWarp];
+  void* operand[kWarp];
+  uint32_t clock[kWarp][kWarp];                                  // [lane][other]: how much of the other it sees
+};
 
 struct Block {
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
   unsigned num_threads, num_warps, alive, at_barrier;
+  uint64_t epoch;                                                // counts barriers, and beginnings of blocks
   Site barrier;
   uint8_t warp_order[kMaxWarps];                                 // which warp goes first, while it can
   Order schedule;
@@ -64,6 +71,7 @@ struct Block {
 };
 
 inline Block block;
+inline Stacks stacks(kMaxThreads);
 inline Thread* self;                                             // the running thread
 
 struct Position { uint3 thread, block; dim3 threads, blocks; };  // threadIdx, blockIdx, blockDim, gridDim
@@ -97,6 +105,7 @@ inline void wait(const Site& site) {
 
 inline void release_barrier() {
   block.at_barrier = 0;
+  ++block.epoch;
   for (unsigned w = 0; w < block.num_warps; ++w) block.warps[w].runnable = block.warps[w].alive;
   if (block.schedule.kind > 1) block.schedule.arrange(block.warp_order, block.num_warps);
 }
@@ -114,7 +123,7 @@ inline void complete_meetings(Warp& w) {
   for (unsigned i = 0; i < w.open;) {
     const Meeting m = w.meetings[i];
     if (m.arrived == (m.mask & w.alive)) {
-      if (m.combine) m.combine(m.arrived, w.operand);
+      m.combine(m.arrived, w.operand);
       w.runnable |= m.arrived;
       w.meetings[i] = w.meetings[--w.open];
     } else {
@@ -139,6 +148,17 @@ inline void meet(const Site& site, Combine combine, void* operand) {
   w.runnable &= ~me;
   complete_meetings(w);
   wait(site);
+}
+
+// __syncwarp, besides waiting, makes known to all who take part what each of them knows.
+inline void order_memory(uint32_t present, void* const*) {
+  auto& clock = warp().clock;
+  for (unsigned other = 0; other < kWarp; ++other) {
+    uint32_t latest = 0;
+    for (unsigned i = 0; i < kWarp; ++i) if (present >> i & 1) latest = std::max(latest, clock[i][other]);
+    for (unsigned i = 0; i < kWarp; ++i) if (present >> i & 1) clock[i][other] = latest;
+  }
+  for (unsigned i = 0; i < kWarp; ++i) if (present >> i & 1) ++clock[i][i];
 }
 
 inline void run_thread() {
@@ -187,13 +207,14 @@ inline std::string divergence() {
 
 // Runs the block at position.block. Returns false, with the reason in block.error, if the kernel is at fault.
 inline bool run_block() {
-  static Stacks stacks(kMaxThreads);
   const dim3 size = position.threads;
   const unsigned n = size.x * size.y * size.z;
-  block.num_threads = block.alive = n, block.num_warps = (n + kWarp - 1) / kWarp, block.at_barrier = 0;
+  block.num_threads = block.alive = n, block.num_warps = (n + kWarp - 1) / kWarp, block.at_barrier = 0, ++block.epoch;
   for (unsigned w = 0; w < block.num_warps; ++w) {
     const unsigned lanes = std::min(n - w * kWarp, kWarp);
     block.warps[w].alive = block.warps[w].runnable = ~0u >> (kWarp - lanes), block.warps[w].open = 0;
+    std::memset(block.warps[w].clock, 0, sizeof block.warps[w].clock);
+    for (unsigned i = 0; i < kWarp; ++i) block.warps[w].clock[i][i] = 1;
   }
   for (unsigned i = 0; i < n; ++i) {
     Thread& t = block.threads[i];

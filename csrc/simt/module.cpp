@@ -5,6 +5,7 @@
 
 #include "registry.h"
 #include "simt/launch.h"
+#include "simt/races.h"
 
 PYBIND11_MODULE(_simt, m) {
   m.attr("cuda_ops") = pyseq::cuda_ops();
@@ -13,6 +14,7 @@ PYBIND11_MODULE(_simt, m) {
   m.def("set_block_order", [](int n) { simt::record.block_order.kind = n; }, "the same for the blocks of a grid");
   m.def("launches", [] { return simt::record.launches; }, "launches since the last reset(), by kernel name");
   m.def("last_error", [] { return simt::record.last_error; }, "why a launch returned an error; empty if none did");
+  m.def("watches_races", [] { return simt::watching; }, "whether kernels were compiled so that races are found");
   m.def("reset", [] {
     simt::block.schedule = {}, simt::record.block_order = {};
     simt::record.launches.clear(), simt::record.last_error.clear();

@@ -8,6 +8,8 @@
 #include <link.h>
 
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -18,10 +20,11 @@ namespace simt {
 constexpr size_t kMaxSharedMemory = 227 * 1024;                  // per block on sm_90; sm_80 and sm_120 grant less
 constexpr int kPoison = 0xff;                                    // float, bf16, fp16 and double NaN; integer -1
 
-inline thread_local char in_segment;                             // lies in the thread-local segment of this module
+static thread_local char in_segment;                             // lies in the thread-local segment of this module
 alignas(1024) inline char dynamic_shared[kMaxSharedMemory];
 
 struct Segment { char* begin; size_t size; };
+inline Segment shared_segments[2];                               // of the running launch: static, dynamic
 
 inline Segment static_shared() {
   Segment found{&in_segment, 0};
@@ -38,6 +41,10 @@ inline Segment static_shared() {
     return 0;
   };
   dl_iterate_phdr(visit, &found);
+  if (found.size == 0) {
+    std::fputs("simt: the dynamic loader does not tell where thread-local memory is\n", stderr);
+    std::abort();
+  }
   return found;
 }
 
@@ -46,6 +53,8 @@ class SharedMemory {
  public:
   explicit SharedMemory(size_t dynamic_bytes)
       : dynamic_bytes_(dynamic_bytes), saved_(segment_.begin, segment_.begin + segment_.size) {
+    shared_segments[0] = segment_;
+    shared_segments[1] = {dynamic_shared, dynamic_bytes};
 #ifdef __SANITIZE_ADDRESS__
     __asan_poison_memory_region(dynamic_shared, kMaxSharedMemory);
     __asan_unpoison_memory_region(dynamic_shared, dynamic_bytes);

@@ -84,7 +84,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, simt::W
 }
 
 inline void __syncwarp(unsigned mask = ~0u, simt::Where where = simt::Where::current()) {
-  simt::meet({__func__, mask, where}, nullptr, nullptr);
+  simt::meet({__func__, mask, where}, simt::order_memory, nullptr);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Where where = simt::Where::current()) {

@@ -111,6 +111,25 @@ __global__ void __launch_bounds__(96) moments_kernel(const float* x, float* y, i
   y[blockIdx.x * 96 * 2 + threadIdx.x * 2 + 1] = second;
 }
 
+// Reverses each half warp through shared memory, ordered by __syncwarp of that half alone, and counts the even values.
+__global__ void __launch_bounds__(64) half_warps_kernel(const int* x, int* y, int* even) {
+  __shared__ int value[64];
+  __shared__ int count;
+  const int i = threadIdx.x, half = i / 16 * 16;
+  const unsigned mask = 0xffffu << (half % 32);
+  if (i == 0) count = 0;
+  for (int rounds = 0; rounds < 3; ++rounds) {
+    value[i] = x[i];
+    __syncwarp(mask);
+    y[i] = value[half + 15 - i % 16];
+    __syncwarp(mask);                                            // value is read above, written in the next round
+  }
+  __syncthreads();
+  if (x[i] % 2 == 0) atomicAdd(&count, 1);
+  __syncthreads();
+  if (i == 0) *even = count;
+}
+
 __global__ void nothing_kernel() {}
 
 }  // namespace
@@ -122,6 +141,7 @@ template <class T> int scale(const T* x, T* y, float factor, int n) {
   return launch<pyseq::scale_kernel<T>>((n + 31) / 32, 32, 0, nullptr, x, y, factor, n);
 }
 }  // namespace
+#pragma GCC visibility push(default)
 extern "C" {
 int scan(const float* a, const float* x, float* h, int rows, int time) {
   return launch<pyseq::scan_kernel<128>>(rows, 128, 0, nullptr, a, x, h, time);
@@ -144,8 +164,12 @@ int scale_fp16(const void* x, void* y, float factor, int n) {
 int moments(const float* x, float* y, int rows, int n) {
   return launch<pyseq::moments_kernel>(rows, 96, 0, nullptr, x, y, n);
 }
+int half_warps(const int* x, int* y, int* even) {
+  return launch<pyseq::half_warps_kernel>(1, 64, 0, nullptr, x, y, even);
+}
 int nothing(const unsigned* grid, const unsigned* block, size_t smem) {
   const dim3 g(grid[0], grid[1], grid[2]), b(block[0], block[1], block[2]);
   return launch<pyseq::nothing_kernel>(g, b, smem, nullptr);
 }
 }
+#pragma GCC visibility pop

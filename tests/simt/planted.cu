@@ -25,6 +25,14 @@ __global__ void __launch_bounds__(128) early_read_kernel(const float* x, float* 
   y[threadIdx.x] = value[127 - threadIdx.x];
 }
 
+// Lanes of a warp hand values over without __syncwarp; the shuffle makes them wait, but orders no memory.
+__global__ void __launch_bounds__(32) unordered_lanes_kernel(const float* x, float* y) {
+  __shared__ float value[32];
+  value[threadIdx.x] = x[threadIdx.x];
+  const float v = __shfl_xor_sync(~0u, x[threadIdx.x], 1);
+  y[threadIdx.x] = v + value[31 - threadIdx.x];
+}
+
 // A shuffle that only some lanes of its mask reach. An error names both places.
 __global__ void divergent_shuffle_kernel(const float* x, float* y, int lanes) {
   float v = x[threadIdx.x];
@@ -116,11 +124,15 @@ __global__ void __launch_bounds__(32) past_static_kernel(float* y, int n) {
 }  // namespace pyseq
 
 using pyseq::launch;
+#pragma GCC visibility push(default)
 extern "C" {
 int missing_barrier(const float* x, float* y, int rounds) {
   return launch<pyseq::missing_barrier_kernel>(1, 128, 0, nullptr, x, y, rounds);
 }
 int early_read(const float* x, float* y) { return launch<pyseq::early_read_kernel>(1, 128, 0, nullptr, x, y); }
+int unordered_lanes(const float* x, float* y) {
+  return launch<pyseq::unordered_lanes_kernel>(1, 32, 0, nullptr, x, y);
+}
 int divergent_shuffle(const float* x, float* y, int lanes) {
   return launch<pyseq::divergent_shuffle_kernel>(1, 64, 0, nullptr, x, y, lanes);
 }
@@ -148,6 +160,9 @@ int unwritten_output(const float* x, float* y, int n) {
 int past_global(const float* x, float* y, int n) {
   return launch<pyseq::past_global_kernel>(n / 32 + 1, 32, 0, nullptr, x, y, n);
 }
-int past_dynamic(float* y, int n) { return launch<pyseq::past_dynamic_kernel>(1, 32, 32 * sizeof(float), nullptr, y, n); }
+int past_dynamic(float* y, int n) {
+  return launch<pyseq::past_dynamic_kernel>(1, 32, 32 * sizeof(float), nullptr, y, n);
+}
 int past_static(float* y, int n) { return launch<pyseq::past_static_kernel>(1, 32, 0, nullptr, y, n); }
 }
+#pragma GCC visibility pop

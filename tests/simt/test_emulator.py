@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,20 +29,38 @@ CXX = shutil.which(os.environ.get("CXX", "g++"))
 pytestmark = pytest.mark.skipif(not (CUDA and CXX), reason="needs the CUDA toolkit's headers and a C++ compiler")
 
 
-def compile_cpp(source: str, output: Path, *flags: str) -> Path:
+def compile_cpp(source: Path, output: Path, *flags: str | Path) -> Path:
+    common = ["-std=c++20", "-g", "-fvisibility=hidden", "-I", CSRC, "-isystem", CUDA]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-sign-compare"]  # nvcc compares threadIdx with int silently, too
-    include = ["-I", CSRC, "-isystem", CUDA]
-    subprocess.run([CXX, "-std=c++20", "-g", *warnings, *include, *flags, HERE / source, "-o", output], check=True)
+    subprocess.run([CXX, *common, *warnings, *flags, source, "-o", output], check=True)
     return output
 
 
-@pytest.fixture(scope="module")
-def lib(tmp_path_factory):
-    path = tmp_path_factory.mktemp("simt") / "library.so"
-    library = ctypes.CDLL(str(compile_cpp("library.cpp", path, "-O2", "-shared", "-fPIC")))
+def load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     library.last_error.restype = ctypes.c_char_p
     library.launches.restype = ctypes.c_int64
     return library
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    path = tmp_path_factory.mktemp("simt") / "plain.so"
+    return load(compile_cpp(HERE / "library.cpp", path, "-O2", "-shared", "-fPIC"))
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The same with every access to shared memory watched: see csrc/simt/races.h."""
+    folder = tmp_path_factory.mktemp("simt")
+    (folder / "races.cpp").write_text('#include "simt/races.h"')
+    kernels = compile_cpp(HERE / "library.cpp", folder / "kernels.o", "-O2", "-c", "-fPIC", "-fsanitize=thread")
+    return load(compile_cpp(folder / "races.cpp", folder / "watched.so", "-O2", "-shared", "-fPIC", kernels))
+
+
+@pytest.fixture(params=["plain", "watched"])
+def lib(request):
+    return request.getfixturevalue(request.param)
 
 
 def run(lib, order, name, *args) -> int:
@@ -140,6 +159,13 @@ def test_block_sum_gives_all_threads_the_same_bits(lib):
     torch.testing.assert_close(y[:, 0].double(), want, rtol=1e-5, atol=1e-4)
 
 
+def test_half_warps_order_their_memory(lib):
+    x = torch.arange(1, 65, dtype=torch.int32)
+    make = lambda: (x, torch.full_like(x, -1), torch.zeros(1, dtype=torch.int32))  # noqa: E731
+    assert torch.equal(in_every_order(lib, "half_warps", make, 1), x.view(4, 16).flip(1).flatten())
+    assert in_every_order(lib, "half_warps", make, 2).item() == 32
+
+
 @pytest.mark.parametrize(
     "grid, block, smem, error",
     [
@@ -177,13 +203,13 @@ def results(lib, name, make_args, out) -> list[torch.Tensor]:
 X = torch.arange(1.0, 129.0)
 
 
-def test_missing_barrier_shows(lib):
-    y = results(lib, "missing_barrier", lambda: (X, nan(128), 4), 1)
+def test_missing_barrier_shows_in_the_results(plain):
+    y = results(plain, "missing_barrier", lambda: (X, nan(128), 4), 1)
     assert any(not torch.equal(v, y[0]) for v in y)
 
 
-def test_read_before_the_first_barrier_shows(lib):
-    assert all(v.isnan().any() for v in results(lib, "early_read", lambda: (X, nan(128)), 1))
+def test_read_before_the_first_barrier_shows_in_the_results(plain):
+    assert all(v.isnan().any() for v in results(plain, "early_read", lambda: (X, nan(128)), 1))
 
 
 def fails(lib, name, *args) -> set[str]:
@@ -192,6 +218,17 @@ def fails(lib, name, *args) -> set[str]:
         assert run(lib, order, name, *args) == LAUNCH_FAILURE
         messages.add(lib.last_error().decode())
     return messages
+
+
+RACES = [("missing_barrier", (X, nan(128), 4)), ("early_read", (X, nan(128))), ("unordered_lanes", (X, nan(32)))]
+
+
+@pytest.mark.parametrize("name, args", RACES)
+def test_race_is_named(watched, name, args):
+    where = r"planted\.cu:\d+"
+    race = rf"thread \d+ (reads|writes) at {where} what thread \d+ (read|wrote) at {where}, with no barrier between"
+    for message in fails(watched, name, *args):
+        assert re.fullmatch(rf"{name}_kernel, block \(0, 0, 0\): race in shared memory: {race}", message)
 
 
 def test_divergent_shuffle_shows(lib):
@@ -255,7 +292,8 @@ def test_emulator_is_as_good_as_new_after_a_failed_launch(lib):
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     path = tmp_path_factory.mktemp("simt") / "out_of_bounds"
-    return compile_cpp("out_of_bounds.cpp", path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    return compile_cpp(HERE / "out_of_bounds.cpp", path, "-O1", *sanitizers)
 
 
 @pytest.mark.parametrize(

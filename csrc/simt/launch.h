@@ -40,6 +40,10 @@ inline cudaError_t refuse(const cudaLaunchConfig_t& config, std::string& why) {
           std::to_string(kMaxSharedMemory);
     return cudaErrorInvalidValue;
   }
+  if (static_shared().size == 0) {
+    why = "the emulator does not know where this module's thread-local memory is";
+    return cudaErrorNotSupported;
+  }
   return cudaSuccess;
 }
 

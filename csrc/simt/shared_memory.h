@@ -8,8 +8,7 @@
 #include <link.h>
 
 #include <cstddef>
-#include <cstdio>
-#include <cstdlib>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -26,26 +25,27 @@ alignas(1024) inline char dynamic_shared[kMaxSharedMemory];
 struct Segment { char* begin; size_t size; };
 inline Segment shared_segments[2];                               // of the running launch: static, dynamic
 
+extern "C" void* __tls_get_addr(void*);
+
+// The calling thread's copy of this module's thread-local segment; empty if it cannot be told.
 inline Segment static_shared() {
-  Segment found{&in_segment, 0};
+  struct { unsigned long module, offset; } index{0, 0};          // the loader's tls_index
+  struct Found { const char* code; unsigned long module; size_t size; } found{nullptr, 0, 0};
   const auto visit = [](dl_phdr_info* info, size_t, void* data) {
-    auto& segment = *static_cast<Segment*>(data);
-    auto* tls = static_cast<char*>(info->dlpi_tls_data);
-    for (int i = 0; tls && i < info->dlpi_phnum; ++i) {
-      const auto& header = info->dlpi_phdr[i];
-      if (header.p_type == PT_TLS && segment.begin >= tls && segment.begin < tls + header.p_memsz) {
-        segment = {tls, header.p_memsz};
-        return 1;
-      }
+    auto& f = *static_cast<Found*>(data);
+    bool here = false;
+    for (const auto* h = info->dlpi_phdr; h < info->dlpi_phdr + info->dlpi_phnum; ++h) {
+      const uintptr_t begin = info->dlpi_addr + h->p_vaddr, code = reinterpret_cast<uintptr_t>(f.code);
+      if (h->p_type == PT_LOAD && code >= begin && code < begin + h->p_memsz) here = true;
+      if (h->p_type == PT_TLS) f.module = info->dlpi_tls_modid, f.size = h->p_memsz;
     }
-    return 0;
+    return int(here);
   };
-  dl_iterate_phdr(visit, &found);
-  if (found.size == 0) {
-    std::fputs("simt: the dynamic loader does not tell where thread-local memory is\n", stderr);
-    std::abort();
-  }
-  return found;
+  found.code = reinterpret_cast<const char*>(+visit);
+  if (!dl_iterate_phdr(visit, &found)) return {};
+  index.module = found.module;
+  auto* begin = static_cast<char*>(__tls_get_addr(&index));
+  return &in_segment >= begin && &in_segment < begin + found.size ? Segment{begin, found.size} : Segment{};
 }
 
 // The shared memory of one launch; restores the thread-local segment at its end.

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ def find_cuda_include() -> Path | None:
 
 CUDA = find_cuda_include()
 CXX = shutil.which(os.environ.get("CXX", "g++"))
+GNU_X86 = platform.machine() == "x86_64" and CXX is not None and "g++" in CXX
+DESCRIPTORS = ["-mtls-dialect=gnu2"] if GNU_X86 else []  # as _simt has it
 pytestmark = pytest.mark.skipif(not (CUDA and CXX), reason="needs the CUDA toolkit's headers and a C++ compiler")
 
 
@@ -46,7 +49,7 @@ def load(path: Path) -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     path = tmp_path_factory.mktemp("simt") / "plain.so"
-    return load(compile_cpp(HERE / "library.cpp", path, "-O2", "-shared", "-fPIC"))
+    return load(compile_cpp(HERE / "library.cpp", path, "-O2", "-shared", "-fPIC", *DESCRIPTORS))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@
 
 namespace pyseq {
 
+namespace causal_conv1d { void cpu(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
 
 namespace {
@@ -16,6 +17,7 @@ struct Entry {
 };
 
 constexpr Entry kCpu[] = {
+    {"causal_conv1d", causal_conv1d::cpu},
     {"rms_norm_gated", rms_norm_gated::cpu},
 };
 

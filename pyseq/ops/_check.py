@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -34,7 +35,7 @@ class Dims:
         self.size[letter] = size
         self._source[letter] = source
 
-    def match(self, name: str, t: object, letters: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    def match(self, name: str, t: object, letters: Sequence[str], dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{self.op}: {name} is {type(t).__name__}, expected a tensor [{', '.join(letters)}]")
         if t.dtype not in dtypes:
@@ -62,7 +63,7 @@ class Dims:
             f"{self.op}: {name} has shape {list(t.shape)}, expected [{', '.join(letters)}]{suffix}"
         )
 
-    def optional(self, name: str, t: object, letters: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    def optional(self, name: str, t: object, letters: Sequence[str], dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
         if t is not None:
             self.match(name, t, letters, dtypes)
 

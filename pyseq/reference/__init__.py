@@ -1,5 +1,6 @@
 """Every op as a plain loop in PyTorch: what the kernels are measured against. Runs in float64, differentiable twice."""
 
+from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .rms_norm_gated import rms_norm_gated
 
-__all__ = ["rms_norm_gated"]
+__all__ = ["causal_conv1d", "causal_conv1d_step", "rms_norm_gated"]

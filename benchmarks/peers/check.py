@@ -1,0 +1,125 @@
+"""Checks every peer against a float64 loop at a small shape, and llama.cpp's model against transformers'.
+
+    python -m benchmarks.peers.check
+
+Prints the largest error of each, divided by the largest value; ends with status 1 if one exceeds its bound. A peer
+that is not installed is named and skipped.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import PeerMissing, compiled_loop, inputs, llama_cpp_peer, mambapy_peer, torch_conv
+from . import transformers_peer as hf
+
+OP_BOUND = 1e-5  # float32 sums over 128 steps and, for dA, over batch and time
+LOGITS_BOUND = 1e-5
+
+
+def scan_loop(x: inputs.Scan, bare: bool = False) -> Tensor:
+    """The recurrence, step by step; `bare` leaves out D skip and gate."""
+    dt = F.softplus(x.dt + x.dt_bias)
+    h = x.u.new_zeros(x.u.shape[0], *x.A.shape)
+    ys = []
+    for t in range(x.u.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * x.A) * h + (dt * x.u)[:, t, :, None] * x.B[:, t, None, :]
+        ys.append((h * x.C[:, t, None, :]).sum(-1))
+    y = torch.stack(ys, 1)
+    return y if bare else (y + x.D * x.u) * F.silu(x.z)
+
+
+def conv_loop(x: inputs.Conv, bare: bool = False) -> Tensor:
+    """The sum over taps, sample by sample; `bare` leaves out bias and SiLU."""
+    width, ys = x.weight.shape[1], []
+    for t in range(x.x.shape[1]):
+        taps = [x.weight[:, k] * x.x[:, t - width + 1 + k] for k in range(width) if t - width + 1 + k >= 0]
+        ys.append(torch.stack(taps).sum(0))
+    y = torch.stack(ys, 1)
+    return y if bare else F.silu(y + x.bias)
+
+
+def gradients(loop: Callable[..., Tensor], x: inputs.Scan | inputs.Conv, names: str) -> list[Tensor]:
+    leaves = [getattr(x, name).requires_grad_() for name in names.split()]
+    return list(torch.autograd.grad(loop(x), leaves, x.dy))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
+
+
+def model_error() -> float:
+    """llama.cpp's logits against transformers', both float32, 24 layers: whole prompt, last token, one step more."""
+    m = hf.model(vocab_size=512)
+    tokens = torch.randint(512, (100,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want = m(tokens[None]).logits[0]
+        steps = torch.arange(16).view(2, 8)
+        after = m(torch.cat([steps, steps[:, -1:]], 1)).logits[1, -1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        llama_cpp_peer.write_gguf(path, m.state_dict())
+        with llama_cpp_peer.Model(path) as llama:
+            whole = error(llama.logits(tokens), want)
+            prompt = error(llama.prefill(tokens)(), want[-1])
+            step = error(llama.decode(2)(), after)
+            ours = error(hf.decode(m, 2)()[1], after)
+    return max(whole, prompt, step, ours)
+
+
+def main() -> int:
+    torch.set_num_threads(2)
+    scan, conv = inputs.scan(2, 128, 64, 16), inputs.conv(2, 128, 64)
+    scan64, conv64 = inputs.double(scan), inputs.double(conv)
+    y, bare, filtered = scan_loop(scan64), scan_loop(scan64, bare=True), conv_loop(conv64)
+    dscan = gradients(scan_loop, scan64, "u dt A B C D z dt_bias")
+    dconv = gradients(conv_loop, conv64, "x weight bias")
+
+    def op(run: Callable[[], Callable[[], object]], *want: Tensor) -> Callable[[], float]:
+        def compare() -> float:
+            got = run()()
+            return max(error(g, w) for g, w in zip(got if isinstance(got, tuple) else (got,), want, strict=True))
+
+        return compare
+
+    loop_both = compiled_loop.selective_scan_forward_backward
+    checks: dict[str, tuple[Callable[[], float], float]] = {
+        "transformers selective_scan forward": (op(lambda: hf.selective_scan_forward(scan), y), OP_BOUND),
+        "mambapy selective_scan forward": (op(lambda: mambapy_peer.selective_scan_forward(scan), y), OP_BOUND),
+        "mambapy selective_scan gradients": (
+            op(lambda: mambapy_peer.selective_scan_forward_backward(scan), *dscan),
+            OP_BOUND,
+        ),
+        "compiled loop forward": (op(lambda: compiled_loop.selective_scan_forward(scan), y), OP_BOUND),
+        "compiled loop gradients, split": (op(lambda: loop_both(scan, "split"), *dscan), OP_BOUND),
+        "compiled loop gradients, slice": (op(lambda: loop_both(scan, "slice"), *dscan), OP_BOUND),
+        "llama.cpp ssm_scan forward": (op(lambda: llama_cpp_peer.ssm_scan_forward(scan), bare), OP_BOUND),
+        "torch conv1d forward": (op(lambda: torch_conv.conv1d_forward(conv), filtered), OP_BOUND),
+        "torch conv1d gradients": (op(lambda: torch_conv.conv1d_forward_backward(conv), *dconv), OP_BOUND),
+        "compiled shift-add forward": (op(lambda: torch_conv.shift_add_forward(conv), filtered), OP_BOUND),
+        "compiled shift-add gradients": (op(lambda: torch_conv.shift_add_forward_backward(conv), *dconv), OP_BOUND),
+        "llama.cpp ssm_conv forward": (
+            op(lambda: llama_cpp_peer.ssm_conv_forward(conv), conv_loop(conv64, bare=True)),
+            OP_BOUND,
+        ),
+        "llama.cpp model against transformers": (model_error, LOGITS_BOUND),
+    }
+    failed = 0
+    for name, (check, bound) in checks.items():
+        try:
+            e = check()
+        except PeerMissing as missing:
+            print(f"{name:40s} skipped: {missing}")
+            continue
+        failed += not e <= bound
+        print(f"{name:40s} {e:.1e}{'' if e <= bound else f'   above {bound:.0e}'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,7 +43,7 @@ inline void __threadfence_block() {}
 
 // Fibers give way only where they meet, so plain updates are atomic.
 namespace simt {
-template <class T, class Change> [[gnu::no_sanitize("thread")]] T update(T* p, Change change) {
+template <class T, class Change> __attribute__((no_sanitize("thread"))) T update(T* p, Change change) {
   const T old = *p;
   *p = change(old);
   return old;

@@ -40,6 +40,7 @@ inline std::string source_line(const char* code) {
     pclose(pipe);
   }
   const std::string text = line;
+  if (text.starts_with("??")) return "an unknown line (no debug information)";
   return text.substr(text.rfind('/') + 1, text.find_first_of(" \n") - text.rfind('/') - 1);
 }
 

@@ -85,7 +85,8 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
 // "... kernel = ns::(anonymous)::scan_kernel<float>; ..." -> "scan_kernel<float>"
 inline std::string kernel_name(std::string signature) {
   const size_t begin = signature.find("kernel = ") + 9;
-  std::string name = signature.substr(begin, signature.find_first_of(";]", begin) - begin);
+  const size_t end = std::min(signature.find_first_of(";]", begin), signature.find(", Arguments = ", begin));   // g++, clang
+  std::string name = signature.substr(begin, end - begin);
   std::erase_if(name, [](char c) { return c == '(' || c == ')' || c == '&' || c == ' '; });
   const size_t arguments = std::min(name.find('<'), name.size()), scope = name.rfind("::", arguments);
   return scope == std::string::npos ? name : name.substr(scope + 2);

@@ -65,7 +65,7 @@ bench: $(VENV)/.dev install  ## every benchmark: benchmarks/results/<machine>.js
 	$(BIN)/python -m benchmarks.run
 
 bench-quick: $(VENV)/.dev install  ## few rounds of every benchmark: shows that they run, not how fast
-	$(PYTEST) benchmarks --quick -q
+	$(PYTEST) benchmarks --quick -q -p no:xdist
 
 bench-peers: $(VENV)/.dev install  ## install the peers that `make bench` compares with (llama.cpp builds for ten minutes)
 	$(BIN)/pip install -r benchmarks/peers/requirements.txt

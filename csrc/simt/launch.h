@@ -82,10 +82,10 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
   return cudaErrorLaunchFailure;
 }
 
-// "... kernel = ns::(anonymous)::scan_kernel<float>; ..." -> "scan_kernel<float>"
+// "... kernel = ns::(anonymous)::scan_kernel<float>; ..." -> "scan_kernel<float>"; clang has a comma and no <float>
 inline std::string kernel_name(std::string signature) {
   const size_t begin = signature.find("kernel = ") + 9;
-  const size_t end = std::min(signature.find_first_of(";]", begin), signature.find(", Arguments = ", begin));   // g++, clang
+  const size_t end = std::min(signature.find_first_of(";]", begin), signature.find(", Arguments", begin));
   std::string name = signature.substr(begin, end - begin);
   std::erase_if(name, [](char c) { return c == '(' || c == ')' || c == '&' || c == ' '; });
   const size_t arguments = std::min(name.find('<'), name.size()), scope = name.rfind("::", arguments);

@@ -1,8 +1,8 @@
 """rms_norm_gated against what a user writes in PyTorch.
 
-Roofline, (B 4, T 512, D 768) float32: forward with a residual reads x and residual and writes y and the sum, 4 times
-6.3 MB; the gated form reads x and z and writes y. Backward reads and writes as much again. The gate's exp, computed twice per
-element, is far below that: 3.1 M exp are 0.13 ms on two cores at 24 G exp/s.
+Roofline, (B 4, T 512, D 768) float32: forward with a residual reads x and residual and writes y and the sum, four times
+6.3 MB; the gated form reads x and z and writes y. Backward reads and writes as much again. The exp of the gate, twice
+per element, is far below that: 3.1 M exp are 0.13 ms on two cores at 24 G exp/s.
 """
 
 import pytest

@@ -97,7 +97,11 @@ struct Launch {
 };
 
 inline void check_launch(const char* kernel, int error) {
+#ifdef PYSEQ_SIMT
+  STD_TORCH_CHECK(error == 0, kernel, ": the emulator refused it; pyseq._simt.last_error() says why");
+#else
   STD_TORCH_CHECK(error == 0, kernel, ": the launch failed with cudaError ", error);
+#endif
 }
 
 }  // namespace pyseq

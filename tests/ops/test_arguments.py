@@ -1,4 +1,4 @@
-"""Whatever is passed: either the call is within the contract and runs, or a ValueError or TypeError names the argument."""
+"""Whatever is passed: the call is within the contract and runs, or a ValueError or TypeError names the argument."""
 
 import pytest
 import torch

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyseq._library import HAS_SIMT
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 ORDERS = list(itertools.product((0, 1, 2), repeat=2))  # schedule of threads x order of blocks
@@ -320,3 +322,11 @@ def test_sanitizers_see_accesses_out_of_bounds(sanitized, fault, report):
 def test_nvcc_compiles_the_same_files(tmp_path, source):
     flags = ["-std=c++20", "-arch=sm_90a", "-Werror", "all-warnings", "-I", CSRC]
     subprocess.run(["nvcc", *flags, "-c", HERE / source, "-o", tmp_path / "kernels.o"], check=True)
+
+
+
+@pytest.mark.skipif(not HAS_SIMT, reason="the emulator module was not built: there is no CUDA toolkit")
+def test_the_module_that_the_op_tests_use_watches_for_races():
+    from pyseq import _simt
+
+    assert _simt.watches_races()

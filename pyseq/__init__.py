@@ -14,6 +14,16 @@ from . import reference
 from ._explain import explain
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.rms_norm_gated import rms_norm_gated
+from .ops.selective_scan import selective_scan, selective_scan_step
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "causal_conv1d", "causal_conv1d_step", "explain", "reference", "rms_norm_gated"]
+__all__ = [
+    "__version__",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "explain",
+    "reference",
+    "rms_norm_gated",
+    "selective_scan",
+    "selective_scan_step",
+]

@@ -12,6 +12,18 @@
 
 namespace pyseq::PYSEQ_ISA {
 
+// Within its scope the machine takes and leaves denormal numbers as zero: a state that decays to nothing stays fast.
+struct FlushDenormals {
+#if defined(__SSE__)
+  const unsigned before = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(before | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before); }
+#else
+  FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+};
+
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX__)
@@ -77,6 +89,74 @@ inline float sum(vf v) {   // a fixed tree: halves are added until one lane is l
     for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
   }
   return lane[0];
+}
+
+// Sums over the lanes of W vectors at once. sum4 leaves a part of (sum a, sum b, sum c, sum d) in every four lanes;
+// sum_parts adds them up: lane 4 i + j of its result is the sum over the lanes of vector j of part i.
+template <int... i> inline vf pick(vf a, vf b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, i...);
+#else
+  return __builtin_shuffle(a, b, vi{i...});   // g++ 11
+#endif
+}
+#if defined(__AVX512F__)
+inline vf low1(vf a, vf b) { return pick<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b); }
+inline vf high1(vf a, vf b) { return pick<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b); }
+inline vf low2(vf a, vf b) { return pick<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b); }
+inline vf high2(vf a, vf b) { return pick<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b); }
+inline vf even4(vf a, vf b) { return pick<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(a, b); }
+inline vf odd4(vf a, vf b) { return pick<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(a, b); }
+#elif defined(__AVX__)
+inline vf low1(vf a, vf b) { return pick<0, 8, 1, 9, 4, 12, 5, 13>(a, b); }
+inline vf high1(vf a, vf b) { return pick<2, 10, 3, 11, 6, 14, 7, 15>(a, b); }
+inline vf low2(vf a, vf b) { return pick<0, 1, 8, 9, 4, 5, 12, 13>(a, b); }
+inline vf high2(vf a, vf b) { return pick<2, 3, 10, 11, 6, 7, 14, 15>(a, b); }
+inline vf even4(vf a, vf b) { return pick<0, 1, 2, 3, 8, 9, 10, 11>(a, b); }
+inline vf odd4(vf a, vf b) { return pick<4, 5, 6, 7, 12, 13, 14, 15>(a, b); }
+#else
+inline vf low1(vf a, vf b) { return pick<0, 4, 1, 5>(a, b); }
+inline vf high1(vf a, vf b) { return pick<2, 6, 3, 7>(a, b); }
+inline vf low2(vf a, vf b) { return pick<0, 1, 4, 5>(a, b); }
+inline vf high2(vf a, vf b) { return pick<2, 3, 6, 7>(a, b); }
+inline vf even4(vf a, vf) { return a; }
+inline vf odd4(vf, vf b) { return b; }
+#endif
+inline vf sum_parts(const vf* p) {
+  if constexpr (W == 4) return p[0];
+  const vf half = even4(p[0], p[1]) + odd4(p[0], p[1]);
+  if constexpr (W == 8) return half;
+  const vf rest = even4(p[W / 8], p[W / 8 + 1]) + odd4(p[W / 8], p[W / 8 + 1]);
+  return even4(half, rest) + odd4(half, rest);
+}
+inline vf sum4(vf a, vf b, vf c, vf d) {
+  const vf ab = low1(a, b) + high1(a, b), cd = low1(c, d) + high1(c, d);
+  return low2(ab, cd) + high2(ab, cd);
+}
+
+inline void transpose(vf (&row)[W]) {
+  for (int i = 0; i < W; i += 4) {   // four rows: every four lanes become four columns
+    const vf a = low1(row[i], row[i + 1]), b = low1(row[i + 2], row[i + 3]);
+    const vf c = high1(row[i], row[i + 1]), d = high1(row[i + 2], row[i + 3]);
+    row[i] = low2(a, b);
+    row[i + 1] = high2(a, b);
+    row[i + 2] = low2(c, d);
+    row[i + 3] = high2(c, d);
+  }
+  for (int i = 0; i < 4 && W > 4; ++i) {   // then the columns of four are put behind one another
+    if constexpr (W == 8) {
+      const vf a = row[i], b = row[i + 4];
+      row[i] = even4(a, b);
+      row[i + 4] = odd4(a, b);
+    } else {
+      const vf a = even4(row[i], row[i + 4 % W]), b = even4(row[i + 8 % W], row[i + 12 % W]);
+      const vf c = odd4(row[i], row[i + 4 % W]), d = odd4(row[i + 8 % W], row[i + 12 % W]);
+      row[i] = even4(a, b);
+      row[i + 4 % W] = even4(c, d);
+      row[i + 8 % W] = odd4(a, b);
+      row[i + 12 % W] = odd4(c, d);
+    }
+  }
 }
 
 // ---- memory: W elements from p, or the first n < W of them with zeros behind -----------------------------------------
@@ -250,32 +330,29 @@ inline vf exp(vf x) {
   return scale(fma(p, r, splat(1.f)), whole);
 }
 
-// log(1 + x), x >= 0: 2e-7 relative down to the smallest x.
-inline vf log1p(vf x) {
-  const vf u = x + 1.f;
-  const vf lost = select(u < 1e30f, x - (u - 1.f), vf{});   // what the addition rounded away
-  const vi shift = (as_int(u) - 0x3f3504f3) & ~0x7fffff;      // u = 2^k m with m in [sqrt(1/2), sqrt(2))
-  const vf k = __builtin_convertvector(shift >> 23, vf);
-  const vf m = as_float(as_int(u) - shift) - 1.f;
-  const vf m2 = m * m;
-  vf p = splat(7.0376836292e-2f);
-  p = fma(p, m, splat(-1.1514610310e-1f));
-  p = fma(p, m, splat(1.1676998740e-1f));
-  p = fma(p, m, splat(-1.2420140846e-1f));
-  p = fma(p, m, splat(1.4249322787e-1f));
-  p = fma(p, m, splat(-1.6668057665e-1f));
-  p = fma(p, m, splat(2.0000714765e-1f));
-  p = fma(p, m, splat(-2.4999993993e-1f));
-  p = fma(p, m, splat(3.3333331174e-1f));
-  const vf log_m = m + fma(m2, splat(-0.5f), m * m2 * p);
-  const vf y = fma(k, splat(0.693147181f), log_m) + lost / u;
-  return select(u < INFINITY, y, x);                         // inf and NaN pass through
+// log(1 + x) for x in [0, 1]: x times a minimax polynomial of degree 9, 4.7e-9.
+inline vf log1p_unit(vf x) {
+  vf p = splat(-3.24402517e-3f);
+  p = fma(p, x, splat(1.98514629e-2f));
+  p = fma(p, x, splat(-5.69595359e-2f));
+  p = fma(p, x, splat(1.06036551e-1f));
+  p = fma(p, x, splat(-1.53055921e-1f));
+  p = fma(p, x, splat(1.96759388e-1f));
+  p = fma(p, x, splat(-2.49541342e-1f));
+  p = fma(p, x, splat(3.33299637e-1f));
+  p = fma(p, x, splat(-4.99999017e-1f));
+  return x * fma(p, x, splat(1.f));
 }
 
-// softplus(v) = v above 20, else log(1 + e^v); its derivative is sigmoid(v), and 1 above 20.
-inline vf softplus(vf v) { return select(v > 20.f, v, log1p(exp(at_most(v, 20.f)))); }
+// log(1 + e^v) = max(v, 0) + log(1 + e^-|v|): 3e-7 relative at either end. Above 20 it is v, as everyone's definition wants:
+// the second term is below half a unit in the last place. The derivative is sigmoid(v), and 1 above 20.
+inline vf softplus(vf v, vf& derivative) {
+  const vf e = exp(as_float(as_int(v) | splat_int(INT32_MIN)));
+  derivative = select(v < 0.f, e, splat(1.f)) / (1.f + e);
+  return at_least(v, 0.f) + log1p_unit(e);
+}
+inline vf softplus(vf v) { vf unused; return softplus(v, unused); }
 inline vf sigmoid(vf v) { return 1.f / (1.f + exp(-v)); }
-inline vf softplus_grad(vf v) { return select(v > 20.f, splat(1.f), sigmoid(v)); }
 inline vf silu(vf v) { return v * sigmoid(v); }
 inline vf silu_grad(vf v) { const vf s = sigmoid(v); return s * fma(v, 1.f - s, splat(1.f)); }
 

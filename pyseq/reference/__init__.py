@@ -2,5 +2,12 @@
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .rms_norm_gated import rms_norm_gated
+from .selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "rms_norm_gated"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "rms_norm_gated",
+    "selective_scan",
+    "selective_scan_step",
+]

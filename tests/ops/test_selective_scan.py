@@ -1,0 +1,260 @@
+"""What is selective_scan's own: golden values, extreme step sizes, what is saved, and the errors of its arguments."""
+
+import pytest
+import torch
+
+import pyseq
+from pyseq import testing
+from pyseq.testing import assert_close, gradients, prepare
+
+
+def wave(offset, *shape):
+    n = torch.Size(shape).numel()
+    return torch.sin(0.7 * torch.arange(n, dtype=torch.float64) + offset).reshape(shape)
+
+
+def drawn(batch=2, time=5, dim=7, states=3, groups=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    shared = (batch, time, states) if groups is None else (batch, time, groups, states)
+    return {
+        "u": normal(batch, time, dim), "dt": normal(batch, time, dim), "A": -normal(dim, states).exp(),
+        "B": normal(*shared), "C": normal(*shared), "D": normal(dim), "z": normal(batch, time, dim),
+        "dt_bias": normal(dim) - 2, "dt_softplus": True, "state": normal(batch, dim, states), "return_state": True,
+    }
+
+
+def exact(arguments):
+    outputs, grads = gradients(pyseq.reference.selective_scan, prepare(
+        {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in arguments.items()},
+        "cpu", requires_grad=True,
+    ))
+    return outputs, grads
+
+
+def check(arguments):
+    outputs, grads = gradients(pyseq.selective_scan, prepare(arguments, "cpu", requires_grad=True))
+    exact_outputs, exact_grads = exact(arguments)
+    for k, (y, e) in enumerate(zip(outputs, exact_outputs, strict=True)):
+        assert_close(y, e, f"output {k}")
+    for name, grad in grads.items():
+        assert_close(grad, exact_grads[name], f"gradient of {name}", "gradient")
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 2e-9), (torch.float32, 1e-5)])
+def test_golden_values(dtype, atol):
+    """b 1, D 2, N 3, L 4; the golden tensors are laid out (b, D, L) and (b, N, L)."""
+    u, dt, z = (wave(o, 1, 2, 4).transpose(1, 2) for o in (0.1, 0.2, 0.3))
+    B, C = (wave(o, 1, 3, 4).transpose(1, 2) for o in (0.5, 0.6))
+    leaves = [u, dt, -torch.exp(wave(0.4, 2, 3)), B, C, wave(0.7, 2), z, wave(0.8, 2)]
+    leaves = [t.to(dtype).contiguous().requires_grad_() for t in leaves]
+    y, state = pyseq.selective_scan(*leaves, dt_softplus=True, return_state=True)
+    out = [0.017807536, 1.569041739, 4.275325826, 1.258220919, 0.007349252, 0.252607337]
+    first = y.detach().transpose(1, 2).flatten()
+    torch.testing.assert_close(first[:6].double(), torch.tensor(out, dtype=torch.float64), atol=atol, rtol=0)
+    grads = torch.autograd.grad((y * wave(0.9, 1, 2, 4).transpose(1, 2).to(dtype)).sum(), leaves)
+    sums = [7.676821792, 1.342171410, -0.065131390, 1.209495635, 1.148579396, None, 7.309886277, None]
+    found = [first.sum(), state.detach().sum(), *(g.sum() for g, s in zip(grads, sums, strict=True) if s is not None)]
+    wanted = [8.973738422, 0.260126447, *(s for s in sums if s is not None)]
+    torch.testing.assert_close(
+        torch.stack(found).double(), torch.tensor(wanted, dtype=torch.float64), atol=5 * atol, rtol=0
+    )
+    vectors = torch.cat([grads[5], grads[7]]).double()
+    golden = torch.tensor([1.023994001, -0.435075143, 1.904318504, -0.562147094], dtype=torch.float64)
+    torch.testing.assert_close(vectors, golden, atol=2 * atol, rtol=0)
+
+
+@pytest.mark.parametrize("states", [1, 3, 8, 16, 17, 40])
+@pytest.mark.parametrize(("dim", "groups"), [(5, None), (33, 1), (34, 2), (20, 20)])
+def test_ragged_widths_and_groups(states, dim, groups):
+    check(drawn(2, 9, dim, states, groups))
+
+
+def test_more_channels_than_one_block_of_the_backward():
+    check(drawn(2, 130, 290, 3, 2))
+
+
+@pytest.mark.parametrize("dt", [-40.0, -15.0, 19.0, 21.0, 100.0])
+def test_huge_and_tiny_steps(dt):
+    arguments = drawn(1, 70, 17, 16)
+    arguments["dt"] = dt + arguments["dt"]
+    check(arguments)
+
+
+def test_decay_to_nothing_and_none_at_all():
+    arguments = drawn(1, 70, 4, 4)
+    arguments["A"] = torch.tensor([-1e4, -100.0, -1e-6, 0.0]).repeat(4, 1)
+    check(arguments)
+
+
+def test_growth_is_not_clamped():
+    arguments = drawn(1, 40, 4, 4)
+    arguments["A"] = -arguments["A"].clamp(-0.3, 0)
+    check(arguments)
+
+
+def test_a_step_of_zero_leaves_the_state_bit_for_bit():
+    arguments = drawn(2, 9, 21, 5)
+    arguments |= {"dt": torch.zeros(2, 9, 21), "dt_bias": None, "dt_softplus": False}
+    _, state = pyseq.selective_scan(**arguments)
+    assert torch.equal(state, arguments["state"])
+
+
+def test_infinite_and_nan_inputs_stay_in_their_channel():
+    arguments = drawn(1, 6, 18, 4) | {"state": None}
+    arguments["u"][0, 2, 3] = float("inf")
+    arguments["u"][0, 1, 16] = float("nan")
+    y, _ = pyseq.selective_scan(**arguments)
+    expected = pyseq.reference.selective_scan(**arguments)[0]
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+
+
+def test_empty_sequences_pass_the_state_and_its_gradient_through():
+    arguments = drawn(1, 4, 6, 3) | {"cu_seqlens": torch.tensor([0, 0, 4, 4])}
+    arguments["state"] = torch.randn(3, 6, 3)
+    check(arguments)
+    state = arguments["state"].requires_grad_()
+    _, last = pyseq.selective_scan(**arguments)
+    assert torch.equal(last[[0, 2]], state[[0, 2]])
+    (grad,) = torch.autograd.grad(last[[0, 2]].sum(), state)
+    assert torch.equal(grad[[0, 2]], torch.ones(2, 6, 3))
+
+
+@pytest.mark.parametrize("cut", [1, 31, 32, 63, 64, 65, 128, 129])
+def test_a_cut_anywhere_changes_no_bit(cut):
+    arguments = drawn(2, 130, 19, 16)
+    whole, last = pyseq.selective_scan(**arguments)
+    names = ("u", "dt", "B", "C", "z")
+    first, state = pyseq.selective_scan(**(arguments | {n: arguments[n][:, :cut] for n in names}))
+    second, state = pyseq.selective_scan(**(arguments | {n: arguments[n][:, cut:] for n in names} | {"state": state}))
+    assert torch.equal(torch.cat([first, second], 1), whole) and torch.equal(state, last)
+
+
+@pytest.mark.parametrize(("states", "dim"), [(16, 100), (5, 3), (40, 33)])
+def test_a_bfloat16_state_is_rounded_once(states, dim):
+    arguments = drawn(3, 1, dim, states)
+    arguments["state"] = arguments["state"].bfloat16()
+    rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
+    options = {n: arguments[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
+    state = arguments["state"].clone()
+    y = pyseq.selective_scan_step(state, **rows, **options)
+    whole, last = pyseq.selective_scan(**(arguments | {"state": arguments["state"].float()}))
+    assert torch.equal(y, whole[:, 0]) and torch.equal(state, last.bfloat16())
+
+
+def test_a_state_with_strides_is_updated_where_it_lies():
+    arguments = drawn(2, 1, 6, 4)
+    wide = torch.full((2, 6, 8), float("nan"))
+    wide[..., ::2] = arguments["state"]
+    rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
+    pyseq.selective_scan_step(wide[..., ::2], **rows, **{n: arguments[n] for n in ("A", "D", "dt_bias", "dt_softplus")})
+    assert torch.equal(wide[..., ::2], pyseq.selective_scan(**arguments)[1]) and wide[..., 1::2].isnan().all()
+
+
+def test_training_keeps_at_most_a_sixteenth_of_the_states():
+    for time in (1, 40, 65, 1000):
+        arguments = drawn(2, time, 24, 16)
+        leaves = {id(v.untyped_storage()) for v in arguments.values() if isinstance(v, torch.Tensor)}
+        kept = []
+
+        def pack(t, leaves=leaves, kept=kept):
+            if id(t.untyped_storage()) not in leaves:
+                kept.append(t)
+            return t
+
+        arguments["u"].requires_grad_()
+        given = {v.data_ptr() for v in arguments.values() if isinstance(v, torch.Tensor)}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y, _ = pyseq.selective_scan(**arguments)
+        own = [t for t in kept if t.numel() and t.data_ptr() not in given]
+        assert y.requires_grad and sum(t.numel() for t in own) <= 2 * time * 24 * 16 / 16
+
+
+def test_nothing_is_kept_without_a_gradient(monkeypatch):
+    kernels, results = pyseq.ops.selective_scan._OP.active, []
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *args: (results.append(forward(*args)), results[-1])[1])
+    pyseq.selective_scan(**drawn(1, 200, 4, 4))
+    assert results[0][2].numel() == 0
+
+
+def test_bad_offsets_in_a_compiled_call_give_nan(monkeypatch):
+    arguments = drawn(1, 4, 6, 3)
+    kernels = pyseq.ops.selective_scan._OP.active
+    for ends in ([0, 5, 4], [1, 2, 4], [0, 2, 3], [0, -1, 4], [0, 1 << 40, 4]):
+        tensors = [arguments[n] for n in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+        y, last, _ = kernels.forward(*tensors, None, torch.tensor(ends), True, True, False)
+        assert y.isnan().all() and last.isnan().all()
+
+
+def test_a_step_refuses_a_gradient():
+    arguments = drawn(1, 1, 4, 4)
+    rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C")}
+    A = arguments["A"].requires_grad_()
+    with pytest.raises(RuntimeError, match="selective_scan on a sequence of length 1"):
+        pyseq.selective_scan_step(arguments["state"], A=A, **rows)
+    with torch.no_grad():
+        pyseq.selective_scan_step(arguments["state"], A=A, **rows)
+
+
+def test_explain_names_the_kernel_and_the_copies():
+    arguments = drawn()
+    told = pyseq.explain(pyseq.selective_scan, **(arguments | {"A": arguments["A"].bfloat16()}))
+    assert told.kernel.startswith("cpu v") and told.notes == ("A is bfloat16: read as float32, converted first",)
+    swapped = arguments["u"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert "u is copied first" in pyseq.explain(pyseq.selective_scan, **(arguments | {"u": swapped})).notes[0]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"u": 3}, TypeError, "u is int"),
+    ({"u": torch.zeros(2, 5)}, ValueError, r"u has shape \[2, 5\], expected \[B, T, D\]"),
+    ({"dt": torch.zeros(2, 5, 6)}, ValueError, r"dt has shape \[2, 5, 6\], expected \[B, T, D\] with .*D = 7 \(from u\)"),
+    ({"A": torch.zeros(6, 3)}, ValueError, "A has shape"),
+    ({"A": torch.zeros(7, 0)}, ValueError, "N, the last axis of A, is 0"),
+    ({"A": torch.zeros(7, 3, dtype=torch.complex64)}, TypeError, "A has dtype complex64"),
+    ({"B": torch.zeros(2, 5, 4)}, ValueError, r"B has shape \[2, 5, 4\], expected \[B, T, N\]"),
+    ({"B": torch.zeros(2, 5, 2, 3), "C": torch.zeros(2, 5, 2, 3)}, ValueError, "G, .* is 2, expected a divisor of D = 7"),
+    ({"B": torch.zeros(2, 5, 7, 3)}, ValueError, r"C has shape \[2, 5, 3\], expected \[B, T, G, N\]"),
+    ({"C": torch.zeros(2, 5, 7, 3)}, ValueError, r"C has shape \[2, 5, 7, 3\], expected .* G = 1 \(from B\)"),
+    ({"B": torch.zeros(2, 5, 0, 3), "C": torch.zeros(2, 5, 0, 3)}, ValueError, "G, .* is 0"),
+    ({"D": torch.zeros(8)}, ValueError, "D has shape"),
+    ({"z": torch.zeros(2, 5, 8)}, ValueError, "z has shape"),
+    ({"z": torch.zeros(2, 5, 7, dtype=torch.int32)}, TypeError, "z has dtype int32"),
+    ({"dt_bias": torch.zeros(1)}, ValueError, "dt_bias has shape"),
+    ({"state": torch.zeros(2, 7, 4)}, ValueError, "state has shape"),
+    ({"state": torch.zeros(2, 7, 3, dtype=torch.bfloat16)}, TypeError, "state has dtype bfloat16, expected float32"),
+    ({"dt": torch.zeros(2, 5, 7, device="meta")}, ValueError, "dt is on device meta"),
+    ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens packs sequences into a batch of 1, but B is 2"),
+])
+def test_wrong_arguments_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        pyseq.selective_scan(**(drawn() | change))
+
+
+@pytest.mark.parametrize(("ends", "error", "message"), [
+    ([0, 3], ValueError, "expected 0 to T = 5"),
+    ([0, 4, 3, 5], ValueError, "non-decreasing"),
+    ([1, 5], ValueError, "cu_seqlens is"),
+    ([0.0, 5.0], TypeError, "cu_seqlens has dtype"),
+])
+def test_wrong_offsets_are_named(ends, error, message):
+    arguments = drawn(1) | {"state": None, "cu_seqlens": torch.tensor(ends)}
+    with pytest.raises(error, match=message):
+        pyseq.selective_scan(**arguments)
+
+
+def test_a_step_names_its_state():
+    arguments = drawn(1, 1, 4, 4)
+    rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C")}
+    for state, error in ((torch.zeros(1, 4, 3), ValueError), (torch.zeros(1, 4, 4, dtype=torch.float16), TypeError)):
+        with pytest.raises(error, match="selective_scan_step: state has"):
+            pyseq.selective_scan_step(state, A=arguments["A"], **rows)
+
+
+def test_the_chunk_is_the_kernels():
+    header = (testing.__file__.rsplit("/pyseq/", 1)[0]) + "/csrc/selective_scan/kernel.h"
+    with open(header) as file:
+        assert f"kChunk = {pyseq.ops.selective_scan._CHUNK};" in file.read()

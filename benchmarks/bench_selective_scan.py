@@ -1,105 +1,74 @@
-"""selective_scan against what a user can run today: a hand-compiled loop, and transformers' CPU path.
+"""selective_scan against what a user can run today: transformers, mambapy, llama.cpp's op, a hand-compiled loop.
 
-Shapes: A (B 1, T 2048, D 1536, N 16) is one layer of mamba-130m, B (B 4, T 1024, D 512, N 16).
+Shapes: A (B 1, T 2048, D 1536, N 16) is one layer of mamba-130m, B (B 4, T 1024, D 512, N 16). All with softplus, bias,
+skip and gate.
 
-Roofline, A, float32, AVX-512. An element is one state of one channel at one token, a vector holds 16: 3.15 M vectors.
-Forward: 9 instructions of the multiply ports per vector (the decay's argument 1, exp2 5, state 2, output 1) and 3 of the
-add ports; softplus, bias, skip and gate add 40 per 16 vectors. On Zen 4 (one 512-bit multiply-add a cycle) that is
-36 M cycles, 4.9 ms on two cores at 3.7 GHz; on Zen 5 (two a cycle) 2.3 ms. Bytes: u, dt, z read and y written, 50 MB:
-1.1 ms at 45 GB/s.
-Backward: 9 to recompute and 8 to walk back per vector, 60 M cycles, 7.9 ms on Zen 4, and the sums of dB and dC over lanes on
-the add and shuffle ports, which have room. Bytes: u, dt, z, dy read, du, ddt, dz written, 88 MB: 2.0 ms.
+Roofline of A in float32 with AVX-512. An element is one state of one channel at one token; a vector holds 16 of them:
+3.15 M vectors. Forward: 9 instructions per vector on the multiply ports (argument of the decay 1, exp2 5, state 2,
+output 1), and about 40 per token for softplus and gate, 2.5 per vector. Zen 4 issues one 512-bit multiply-add a cycle:
+36 M cycles, 4.9 ms on two cores at 3.7 GHz; Zen 5 issues two: 2.3 ms. Bytes: u, dt, z in, y out, 50 MB: 1.1 ms at
+45 GB/s. Backward: 9 per vector to recompute, 8 to walk back, 3.5 for softplus and gate: 65 M cycles, 8.7 ms on Zen 4;
+the sums of dB and dC over channels run on the add and shuffle ports. Bytes: 88 MB, 2.0 ms.
 """
+
+import importlib
 
 import pytest
 import torch
-from torch.nn.functional import silu, softplus
+from peers import PeerMissing, inputs
 
 import pyseq
 
-SHAPES = {"A": (1, 2048, 1536, 16), "B": (4, 1024, 512, 16)}
-
-
-def tensors(shape, dtype, grad):
-    batch, time, dim, states = shape
-    made = {
-        "u": torch.randn(batch, time, dim), "dt": torch.randn(batch, time, dim),
-        "A": -torch.arange(1.0, states + 1).expand(dim, states).contiguous(),
-        "B": torch.randn(batch, time, states), "C": torch.randn(batch, time, states),
-        "D": torch.ones(dim), "z": torch.randn(batch, time, dim), "dt_bias": torch.full((dim,), -4.0),
-    }
-    return {n: t.to(dtype if n in ("u", "dt", "B", "C", "z") else t.dtype).requires_grad_(grad) for n, t in made.items()}
-
-
-def chunk(h, u, delta, A, B, C):
-    """32 tokens, unrolled: what one writes by hand for torch.compile."""
-    ys = []
-    for t in range(u.shape[1]):
-        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
-        ys.append((h * C[:, t, None, :]).sum(-1))
-    return h, torch.stack(ys, 1)
-
-
-compiled_chunk = torch.compile(chunk)
-
-
-def chunk_loop(u, dt, A, B, C, D, z, dt_bias):
-    u, delta, B, C = u.float(), softplus(dt.float() + dt_bias), B.float(), C.float()
-    h, ys = u.new_zeros(u.shape[0], *A.shape), []
-    for t in range(0, u.shape[1], 32):
-        span = slice(t, t + 32)
-        h, y = compiled_chunk(h, u[:, span], delta[:, span], A, B[:, span], C[:, span])
-        ys.append(y)
-    return ((torch.cat(ys, 1) + D * u) * silu(z.float())).to(z.dtype)
-
-
-def transformers_path(u, dt, A, B, C, D, z, dt_bias):
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
-    rows = [t.transpose(1, 2) for t in (u, dt)]
-    return mamba_selective_scan(
-        *rows, A, B.transpose(1, 2), C.transpose(1, 2), D=D, z=z.transpose(1, 2), delta_bias=dt_bias, delta_softplus=True
-    )
-
-
-WHO = {
-    "pyseq": lambda **t: pyseq.selective_scan(**t, dt_softplus=True),
-    "compiled_chunk_loop": chunk_loop,
-    "transformers": transformers_path,
+NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+PEERS = {
+    "transformers": ("transformers_peer", "selective_scan_forward", None),   # its backward is quadratic in T
+    "mambapy": ("mambapy_peer", "selective_scan_forward", "selective_scan_forward_backward"),
+    "llama.cpp": ("llama_cpp_peer", "ssm_scan_forward", None),
+    "compiled chunk loop": ("compiled_loop", "selective_scan_forward", "selective_scan_forward_backward"),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("who", WHO)
-def test_selective_scan(timed, who, direction, shape, dtype):
-    grad = direction != "forward"
-    if who == "transformers" and (grad or dtype != torch.float32):
-        pytest.skip("its backward is quadratic in T: minutes")
-    if who == "transformers":
-        pytest.importorskip("transformers")
-    if who != "pyseq" and dtype != torch.float32:
-        pytest.skip("peers are compared in float32")
-    arguments = tensors(SHAPES[shape], dtype, grad)
-    dy = torch.randn(SHAPES[shape][:3]).to(dtype)
+def ours(x, grad):
+    tensors = [getattr(x, name).clone().requires_grad_(grad) for name in NAMES]
 
     def call():
-        y = WHO[who](**arguments)
-        if grad:
-            y.backward(dy)
+        y = pyseq.selective_scan(*tensors, dt_softplus=True)
+        return torch.autograd.grad(y, tensors, x.dy) if grad else y
 
-    batch, time, dim, states = SHAPES[shape]
+    return call
+
+
+def theirs(who, x, grad):
+    module, forward, both = PEERS[who]
+    if grad and both is None:
+        pytest.skip(f"{who} has no backward here")
+    try:
+        return getattr(importlib.import_module(f"peers.{module}"), both if grad else forward)(x)
+    except PeerMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("shape", inputs.SHAPES)
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("who", ["pyseq", "pyseq bfloat16", *PEERS])
+def test_selective_scan(timed, who, direction, shape):
+    grad, (batch, time, dim, states) = direction != "forward", inputs.SHAPES[shape]
+    x = inputs.scan(batch, time, dim, states, torch.bfloat16 if who == "pyseq bfloat16" else torch.float32)
+    call = ours(x, grad) if who.startswith("pyseq") else theirs(who, x, grad)
     vectors = batch * time * dim * states / 16
-    timed(call, work=f"selective_scan {shape}, {direction}, {str(dtype).removeprefix('torch.')}", who=who,
-          rounds=15 if who == "pyseq" else 3, bytes=dy.numel() * dy.element_size() * (11 if grad else 4),
-          multiply_adds=vectors * (11.5 + (20.5 if grad else 0)))
+    timed(call, work=f"selective_scan {shape}, {direction}", who=who, rounds=15 if who.startswith("pyseq") else 3,
+          bytes=x.dy.numel() * x.dy.element_size() * (11 if grad else 4),
+          multiply_adds=vectors * (32 if grad else 11.5))
 
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_selective_scan_step(timed, batch):
-    arguments = tensors((batch, 1, 1536, 16), torch.float32, False)
-    rows = {n: t[:, 0] if n in ("u", "dt", "B", "C", "z") else t for n, t in arguments.items()}
+    x = inputs.scan(batch, 1, 1536, 16)
+    tensors = [getattr(x, n)[:, 0] if n in ("u", "dt", "B", "C", "z") else getattr(x, n) for n in NAMES]
     state = torch.zeros(batch, 1536, 16)
-    timed(lambda: pyseq.selective_scan_step(state, **rows, dt_softplus=True),
-          work=f"selective_scan_step, D 1536, batch {batch}", rounds=300, bytes=(2 * batch + 1) * 1536 * 16 * 4)
+
+    def call():
+        with torch.inference_mode():
+            pyseq.selective_scan_step(state, *tensors, dt_softplus=True)
+
+    timed(call, work=f"selective_scan_step, D 1536, batch {batch}", rounds=300, bytes=(2 * batch + 1) * 1536 * 16 * 4)

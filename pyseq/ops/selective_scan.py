@@ -61,8 +61,8 @@ _OP = define(
         _forward_fake,
     ),
     backward=Kernel(
-        f"(Tensor? dy, Tensor? dlast, {_ARGUMENTS}, {_STATE}, Tensor kept, bool dt_softplus) -> (Tensor du, Tensor ddt, "
-        "Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dstate)",
+        f"(Tensor? dy, Tensor? dlast, {_ARGUMENTS}, {_STATE}, Tensor kept, bool dt_softplus) -> (Tensor du, "
+        "Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dstate)",
         _backward_fake,
     ),
     step=Kernel(f"(Tensor(a!) state, {_ARGUMENTS}, bool dt_softplus) -> Tensor y", _step_fake),
@@ -71,7 +71,7 @@ _OP = define(
 )
 
 
-def _match(op: str, time: str, u, dt, A, B, C, D, z, dt_bias) -> Dims:
+def _match(op: str, time: str, u: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any, dt_bias: Any) -> Dims:
     """Shapes, dtypes and devices of what the sequence (time "T") and the step (time "") share."""
     dims = Dims(op)
     rows = f"B{time}D"
@@ -79,14 +79,14 @@ def _match(op: str, time: str, u, dt, A, B, C, D, z, dt_bias) -> Dims:
     dims.match("dt", dt, rows)
     dims.match("A", A, "DN")
     if dims["N"] == 0:
-        raise dims.fail("N, the last axis of A,", 0, ">= 1")
+        raise dims.fail("A", "of width N = 0", "[D, N] with N >= 1")
     for name, t in (("B", B), ("C", C)):
         grouped = isinstance(t, torch.Tensor) and t.dim() == len(rows) + 1
         if not grouped and dims.size.get("G", 1) == 1:
             dims.fix("G", 1, name)
         dims.match(name, t, f"B{time}GN" if grouped or dims["G"] != 1 else f"B{time}N")
     if dims["G"] == 0 or dims["D"] % dims["G"]:
-        raise dims.fail("G, the number of groups of B and C,", dims["G"], f"a divisor of D = {dims['D']}")
+        raise dims.fail("B", f"of G = {dims['G']} groups", f"G, a divisor of D = {dims['D']}")
     dims.optional("D", D, "D")
     dims.optional("z", z, rows)
     dims.optional("dt_bias", dt_bias, "D")

@@ -10,7 +10,14 @@ from . import Make, Sample
 
 
 def _make(
-    batch: int, time: int, dim: int, states: int, *, groups: int = 0, options: str = "", packed: list[int] | None = None,
+    batch: int,
+    time: int,
+    dim: int,
+    states: int,
+    *,
+    groups: int = 0,
+    options: str = "",
+    packed: list[int] | None = None,
     **given: Any,
 ) -> Make:
     """`options` names the optional arguments to draw; groups = 0 leaves out the axis G."""
@@ -55,8 +62,8 @@ def samples() -> list[Sample]:
         "wide_groups": _make(2, 70, 42, 17, groups=2, options=everything, dt_softplus=True, return_state=True),
         "wide_states": _make(1, 20, 5, 260, options="state", return_state=True),
         "wide_packed": _make(
-            1, 200, 18, 40, groups=1, packed=[0, 0, 63, 64, 65, 65, 199, 200, 200], options=everything, dt_softplus=True,
-            return_state=True,
+            1, 200, 18, 40, groups=1, packed=[0, 0, 63, 64, 65, 65, 199, 200, 200], options=everything,
+            dt_softplus=True, return_state=True,
         ),
     }
     return [Sample("selective_scan", name, make, not name.startswith("wide")) for name, make in cases.items()]

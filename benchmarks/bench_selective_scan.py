@@ -11,20 +11,16 @@ output 1), and about 40 per token for softplus and gate, 2.5 per vector. Zen 4 i
 the sums of dB and dC over channels run on the add and shuffle ports. Bytes: 88 MB, 2.0 ms.
 """
 
-import importlib
-
 import pytest
 import torch
-from peers import PeerMissing, inputs
 
 import pyseq
+from benchmarks.peers import compiled_loop, inputs, llama_cpp_peer, mambapy_peer, transformers_peer
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-PEERS = {
-    "transformers": ("transformers_peer", "selective_scan_forward", None),   # its backward is quadratic in T
-    "mambapy": ("mambapy_peer", "selective_scan_forward", "selective_scan_forward_backward"),
-    "llama.cpp": ("llama_cpp_peer", "ssm_scan_forward", None),
-    "compiled chunk loop": ("compiled_loop", "selective_scan_forward", "selective_scan_forward_backward"),
+TARGETS = {
+    "forward": {"transformers": 100, "llama.cpp": 25, "compiled chunk loop": 5},
+    "forward+backward": {"mambapy": 100, "compiled chunk loop": 20},
 }
 
 
@@ -38,37 +34,40 @@ def ours(x, grad):
     return call
 
 
-def theirs(who, x, grad):
-    module, forward, both = PEERS[who]
-    if grad and both is None:
-        pytest.skip(f"{who} has no backward here")
-    try:
-        return getattr(importlib.import_module(f"peers.{module}"), both if grad else forward)(x)
-    except PeerMissing as missing:
-        pytest.skip(str(missing))
-
-
 @pytest.mark.parametrize("shape", inputs.SHAPES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("who", ["pyseq", "pyseq bfloat16", *PEERS])
-def test_selective_scan(timed, who, direction, shape):
+@pytest.mark.parametrize("direction", TARGETS)
+def test_selective_scan(compare, direction, shape):
     grad, (batch, time, dim, states) = direction != "forward", inputs.SHAPES[shape]
-    x = inputs.scan(batch, time, dim, states, torch.bfloat16 if who == "pyseq bfloat16" else torch.float32)
-    call = ours(x, grad) if who.startswith("pyseq") else theirs(who, x, grad)
-    vectors = batch * time * dim * states / 16
-    timed(call, work=f"selective_scan {shape}, {direction}", who=who, rounds=15 if who.startswith("pyseq") else 3,
-          bytes=x.dy.numel() * x.dy.element_size() * (11 if grad else 4),
-          multiply_adds=vectors * (32 if grad else 11.5))
+    x, half = inputs.scan(batch, time, dim, states), inputs.scan(batch, time, dim, states, torch.bfloat16)
+    cases = {"pyseq": lambda: ours(x, grad), "pyseq, bfloat16": lambda: ours(half, grad)}
+    if grad:   # transformers' backward is quadratic in T, llama.cpp has none
+        cases |= {
+            "mambapy": lambda: mambapy_peer.selective_scan_forward_backward(x),
+            "compiled chunk loop": lambda: compiled_loop.selective_scan_forward_backward(x),
+        }
+    else:
+        cases |= {
+            "transformers": lambda: transformers_peer.selective_scan_forward(x),
+            "mambapy": lambda: mambapy_peer.selective_scan_forward(x),
+            "llama.cpp": lambda: llama_cpp_peer.ssm_scan_forward(x),
+            "compiled chunk loop": lambda: compiled_loop.selective_scan_forward(x),
+        }
+    compare(
+        f"selective_scan {direction}, {shape}", cases, targets=TARGETS[direction] if shape == "A" else None,
+        bytes=x.dy.numel() * 4 * (11 if grad else 4), flops=2 * batch * time * dim * states * (32 if grad else 11.5),
+        rounds=5,
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_selective_scan_step(timed, batch):
+def test_selective_scan_step(compare, batch):
     x = inputs.scan(batch, 1, 1536, 16)
     tensors = [getattr(x, n)[:, 0] if n in ("u", "dt", "B", "C", "z") else getattr(x, n) for n in NAMES]
     state = torch.zeros(batch, 1536, 16)
 
+    @torch.inference_mode()
     def call():
-        with torch.inference_mode():
-            pyseq.selective_scan_step(state, *tensors, dt_softplus=True)
+        return pyseq.selective_scan_step(state, *tensors, dt_softplus=True)
 
-    timed(call, work=f"selective_scan_step, D 1536, batch {batch}", rounds=300, bytes=(2 * batch + 1) * 1536 * 16 * 4)
+    compare(f"selective_scan_step, D 1536, batch {batch}", {"pyseq": lambda: call},
+            bytes=(2 * batch + 1) * 1536 * 16 * 4)

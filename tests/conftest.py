@@ -4,8 +4,22 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--run-large", action="store_true", help="run the tests marked large: tens of GiB of memory")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-large"):
+        large = [item for item in items if "large" in item.keywords]
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item not in large]
+
+
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(request):
+    if "large" in request.keywords:   # filling tens of GiB with NaN would take longer than the test
+        yield
+        return
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

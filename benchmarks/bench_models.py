@@ -15,7 +15,7 @@ import torch
 
 import pyseq
 from benchmarks import probe
-from benchmarks.peers import PeerMissing, llama_cpp_peer, transformers_peer
+from benchmarks.peers import llama_cpp_peer, require, transformers_peer
 
 PROMPT = 512
 TARGETS = {"prefill": {"llama.cpp": 4}, 1: {"llama.cpp": 1.1}, 8: {"llama.cpp": 3}}
@@ -59,17 +59,9 @@ def llama_cpp(dtype):
     return llama_cpp_peer.Model(path)
 
 
-def have_transformers():
-    try:
-        transformers_peer.model
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise PeerMissing(str(error)) from error
-
-
 @pytest.fixture(autouse=True)
 def needs_transformers():
-    have_transformers()
+    require("transformers", "transformers")   # it draws the weights
 
 
 @pytest.mark.parametrize("dtype", WEIGHTS)

@@ -71,7 +71,7 @@ bench-peers: $(VENV)/.dev install  ## install the peers that `make bench` compar
 	$(BIN)/pip install -r benchmarks/peers/requirements.txt
 
 docs: $(VENV)/.dev install  ## the documentation site into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.dev install  ## a repaired manylinux wheel in dist/, tried in a bare environment
 	PYTHON=$(PYTHON_BIN) scripts/make_wheel.sh

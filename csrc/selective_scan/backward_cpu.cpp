@@ -18,10 +18,11 @@ struct Chunk {
 // States [n, n + kStates) of the chunk: forward from h, keeping exp(delta A) and h, then back with g, which arrives as
 // exp(delta A) g of the token after the chunk. shared: [tokens, width / 2, 4], the sums over lanes for dB and dC.
 void walk_states(Chunk& c, int64_t tokens, bool first, int64_t width, const float* h0, const float* A, const float* B, const float* C,
-                 float* g_n, float* dA_n, float* shared) {
+                 float* g_n, float* dA_n, float* shared, const Ahead<7>& ahead) {
   vf h[kStates], g[kStates], dA[kStates];
   for (int n = 0; n < kStates; ++n) h[n] = load(h0 + n * W);
   for (int64_t t = 0; t < tokens; ++t) {
+    if (first) ahead.fetch(t);
     const vf start = first ? vf{} : load(c.y + t * W);
     float* kept = c.kept + t * 2 * kStates * W;
     store(c.y + t * W, advance<kStates, true>(h, A, B + t * width, C + t * width, load(c.delta + t * W), load(c.du + t * W), start, kept));
@@ -149,9 +150,12 @@ void walk_block(const SelectiveScan& s, int64_t row, int64_t group, int64_t bloc
           std::memset(h0, 0, size * sizeof(float));
         }
         read_chunk(s, c, row, from, tokens, tile);
+        const bool last = i + 1 == count;
+        const Ahead<7> ahead({&s.u, &s.dt, &s.z, &s.dy, &s.du, &s.ddt, &s.dz}, row, last ? from - tokens : from,
+                             last ? tile.channel - i * W : tile.channel + W);
         for (int64_t n = 0; n < width; n += kStates) {
           const int64_t at_n = i * size + n * W;
-          walk_states(c, tokens, n == 0, width, h0 + n * W, A + at_n, B + n, C + n, g + at_n, dA + at_n, shared + 2 * n);
+          walk_states(c, tokens, n == 0, width, h0 + n * W, A + at_n, B + n, C + n, g + at_n, dA + at_n, shared + 2 * n, ahead);
         }
         write_chunk(s, c, row, from, tokens, tile, dD + i * W, dbias + i * W);
       }

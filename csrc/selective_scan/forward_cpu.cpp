@@ -7,27 +7,10 @@ namespace {
 
 constexpr int64_t kTokens = 32;   // staged at a time: the rows of a tile, B and C of the tokens fit in the first-level cache
 
-// The rows of u, dt, z and y that come next are brought in while this tile computes: without it a third of the time is spent waiting.
-struct Ahead {
-  const char* row[4];
-  int64_t step[4];   // bytes to the next token
-
-  Ahead(const SelectiveScan& s, int64_t b, int64_t t, int64_t channel) {
-    const View* x[4] = {&s.u, &s.dt, s.z ? &s.z : &s.u, &s.y};
-    for (int i = 0; i < 4; ++i) {
-      row[i] = static_cast<const char*>(x[i]->at(b * x[i]->stride[0] + t * x[i]->stride[1] + channel));
-      step[i] = x[i]->stride[1] * size_of(x[i]->type);
-    }
-  }
-  void fetch(int64_t t) const {
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(row[i] + t * step[i]);
-  }
-};
-
 // y[t] += <C[t], h[t]> over states [n, n + NB), whose h stays in registers. The first states start y.
 template <int NB>
 void scan_states(float* h_n, const float* A, const float* B, const float* C, int64_t width, const float* delta, const float* du,
-                 float* y, bool first, int64_t tokens, const Ahead& ahead) {
+                 float* y, bool first, int64_t tokens, const Ahead<4>& ahead) {
   vf h[NB];
   for (int n = 0; n < NB; ++n) h[n] = load(h_n + n * W);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -38,7 +21,7 @@ void scan_states(float* h_n, const float* A, const float* B, const float* C, int
   for (int n = 0; n < NB; ++n) store(h_n + n * W, h[n]);
 }
 
-void scan_tokens(const SelectiveScan& s, int64_t row, int64_t begin, int64_t tokens, const Tile& tile, const Ahead& ahead,
+void scan_tokens(const SelectiveScan& s, int64_t row, int64_t begin, int64_t tokens, const Tile& tile, const Ahead<4>& ahead,
                  const float* A, const float* B, const float* C, float* h) {
   alignas(64) float delta[kTokens * W], du[kTokens * W], y[kTokens * W];
   const auto [channel, lanes, group] = tile;
@@ -100,7 +83,7 @@ void scan_row(const SelectiveScan& s, int64_t row, int64_t first, int64_t count)
           for (int64_t n = 0; n < s.states; ++n) store(to + n * tile.lanes, load(h + i * size + n * W), tile.lanes);
         }
         const bool last = i + 1 == count;
-        const Ahead ahead(s, row, last ? t + tokens : t, last ? tile.channel - i * W : tile.channel + W);
+        const Ahead<4> ahead({&s.u, &s.dt, &s.z, &s.y}, row, last ? t + tokens : t, last ? tile.channel - i * W : tile.channel + W);
         scan_tokens(s, row, t, tokens, tile, ahead, A + i * size, B, C, h + i * size);
       }
     }

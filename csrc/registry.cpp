@@ -7,6 +7,7 @@
 namespace pyseq {
 
 namespace causal_conv1d { void cpu(Library&); }
+namespace linear { void cpu(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
 namespace selective_scan { void cpu(Library&); }
 
@@ -19,6 +20,7 @@ struct Entry {
 
 constexpr Entry kCpu[] = {
     {"causal_conv1d", causal_conv1d::cpu},
+    {"linear", linear::cpu},
     {"rms_norm_gated", rms_norm_gated::cpu},
     {"selective_scan", selective_scan::cpu},
 };

@@ -13,15 +13,19 @@ except ImportError as error:
 from . import reference
 from ._explain import explain
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.rms_norm_gated import rms_norm_gated
 from .ops.selective_scan import selective_scan, selective_scan_step
 
 __version__ = "0.1.0"
 __all__ = [
+    "PackedLinear",
     "__version__",
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
+    "linear",
+    "pack_linear",
     "reference",
     "rms_norm_gated",
     "selective_scan",

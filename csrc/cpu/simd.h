@@ -134,7 +134,8 @@ inline vf sum4(vf a, vf b, vf c, vf d) {
   return low2(ab, cd) + high2(ab, cd);
 }
 
-inline void transpose(vf (&row)[W]) {
+inline void transpose(vf (&row)[W]) {   // unrolled early, so that the rows stay in registers
+#pragma GCC unroll 4
   for (int i = 0; i < W; i += 4) {   // four rows: every four lanes become four columns
     const vf a = low1(row[i], row[i + 1]), b = low1(row[i + 2], row[i + 3]);
     const vf c = high1(row[i], row[i + 1]), d = high1(row[i + 2], row[i + 3]);
@@ -143,6 +144,7 @@ inline void transpose(vf (&row)[W]) {
     row[i + 2] = low2(c, d);
     row[i + 3] = high2(c, d);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4 && W > 4; ++i) {   // then the columns of four are put behind one another
     if constexpr (W == 8) {
       const vf a = row[i], b = row[i + 4];

@@ -1,12 +1,14 @@
 """Every op as a plain loop in PyTorch: what the kernels are measured against. Runs in float64, differentiable twice."""
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .linear import linear
 from .rms_norm_gated import rms_norm_gated
 from .selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
+    "linear",
     "rms_norm_gated",
     "selective_scan",
     "selective_scan_step",

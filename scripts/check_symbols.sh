@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # What the binary holds and asks for: nothing that ties it to one torch version, one OpenMP, or one CPU.
-# Usage: check_symbols.sh [a build directory; without one, build/symbols is built]
+# Usage: check_symbols.sh [a build directory; without one, build/plain is built]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 need nm binutils
-dir=${1:-build/symbols}
+dir=${1:-build/plain}
 (($#)) || build "$dir" -DPYSEQ_CUDA=OFF
 module=$(compgen -G "$dir/_C*.so") || fail "no _C in $dir"
 

@@ -12,18 +12,18 @@ inline vf convolve(const vf (&weight)[width], const vf (&window)[width], vf a) {
   return a;
 }
 
-// n lanes of a state [.., D, W-1]: one sample of neighbouring channels lies `stride` apart.
+// At most n lanes of a state [.., D, W-1]: one sample of neighbouring channels lies `stride` apart.
 template <class M>
 inline vf gather(const M* state, int64_t stride, int64_t n) {
   M lane[W] = {};
-  for (int64_t i = 0; i < n; ++i) lane[i] = state[i * stride];
+  for (int64_t i = 0; i < W && i < n; ++i) lane[i] = state[i * stride];
   return load(lane);
 }
 template <class M>
 inline void scatter(M* state, int64_t stride, vf v, int64_t n) {
   M lane[W];
   store(lane, v);
-  for (int64_t i = 0; i < n; ++i) state[i * stride] = lane[i];
+  for (int64_t i = 0; i < W && i < n; ++i) state[i * stride] = lane[i];
 }
 
 inline vf weight_at(const CausalConv1d& c, int64_t k, int64_t d, int64_t n) { return load(c.weight + k * c.D + d, n); }

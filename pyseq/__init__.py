@@ -10,8 +10,10 @@ except ImportError as error:
         f"The loader said: {error}"
     ) from error
 
-from . import reference
+from . import models, reference
 from ._explain import explain
+from .layers.mamba import Mamba
+from .models.pretrained import from_pretrained
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.rms_norm_gated import rms_norm_gated
@@ -19,12 +21,15 @@ from .ops.selective_scan import selective_scan, selective_scan_step
 
 __version__ = "0.1.0"
 __all__ = [
+    "Mamba",
     "PackedLinear",
     "__version__",
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
+    "from_pretrained",
     "linear",
+    "models",
     "pack_linear",
     "reference",
     "rms_norm_gated",

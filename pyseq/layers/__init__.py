@@ -1,0 +1,5 @@
+"""Layers: parameters and projections around one op each."""
+
+from pyseq.layers.mamba import Mamba, MambaState
+
+__all__ = ["Mamba", "MambaState"]

@@ -1,0 +1,82 @@
+"""Any checkpoint to this package's layout; pickled ones (.bin, .pt) without running anything that is in them."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyseq.models.files import FLOATS, read_json
+from pyseq.models.pretrained import CONFIG, PICKLES, build, from_pretrained
+from pyseq.models.text import load_tokenizer
+
+
+def convert_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
+    """Reads the checkpoint `src`, pickled or not, and writes this package's layout to the folder `dst`.
+
+    `src` is a folder, or a file with its config.json beside it. Pickles go through `torch.load(weights_only=True)`, which
+    reads tensors and refuses everything else.
+    """
+    source = Path(src)
+    if source.suffix == ".safetensors" or (source.is_dir() and any(source.glob("*.safetensors"))):
+        return from_pretrained(source).save_pretrained(dst)
+    files = [source] if source.is_file() else _pickles(source)
+    folder = source.parent if source.is_file() else source
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"src: no {CONFIG} in {folder}; a checkpoint needs the one it was published with")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors.update(_load(file))
+    model = build(read_json(folder / CONFIG), LoadedTensors(tensors))
+    model.tokenizer = load_tokenizer(folder) or model.tokenizer
+    model.save_pretrained(dst)
+
+
+class LoadedTensors:
+    """A dictionary of tensors behind the interface of `pyseq.models.files.Tensors`."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype = self._tensors[name].dtype
+        if dtype not in FLOATS.values():
+            raise ValueError(f"checkpoint: {name} is {dtype}, expected a floating-point type")
+        return dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().clone()
+
+
+def _pickles(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"src: {folder} is not there")
+    found = sorted(file for file in folder.iterdir() if file.suffix in PICKLES and file.name != "training_args.bin")
+    if not found:
+        raise FileNotFoundError(f"src: no {', '.join(PICKLES)} file in {folder}")
+    return found
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        value: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"src: {path} is not a checkpoint of plain tensors: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"src: {path} holds {type(value).__name__}, expected a dictionary of tensors")
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"src: {path}: {name!r} is {type(tensor).__name__}, expected a tensor")
+    return value

@@ -51,7 +51,7 @@ class Packable(torch.nn.Module):
         return self
 
     def stepper(self, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """project for a loop in inference mode, whose arguments keep their types and shapes: checked by the first pass."""
+        """`project` for a loop in inference mode, without the checks of the op."""
         weight = self.weight if self.packed is None else self.packed.panels
         if not in_kernels(weight):
             return lambda x: self.project(x, bias)

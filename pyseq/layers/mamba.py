@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -186,8 +186,9 @@ class Mamba(torch.nn.Module):
             dt, B, C = self.normalise(dt, B, C)
         return self.dt_proj.project(dt), B, C
 
-    def normalise(self, *values: torch.Tensor) -> Iterator[torch.Tensor]:
-        return (rms_norm_gated(v, v.new_ones(v.shape[-1]), eps=self.mixer_rms_eps) for v in values)
+    def normalise(self, *values: torch.Tensor) -> list[Any]:
+        eps = self.mixer_rms_eps or 0.0
+        return [rms_norm_gated(v, v.new_ones(v.shape[-1]), eps=eps) for v in values]
 
     def _check(self, x: torch.Tensor, dim: int) -> None:
         if x.dim() != dim or x.shape[-1] != self.d_model:

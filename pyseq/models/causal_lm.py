@@ -48,7 +48,8 @@ class RMSNorm(torch.nn.Module):
         """forward for a loop in inference mode, without the op's checks."""
         if not in_kernels(self.weight):
             return self
-        kernel, weight, eps, size = REGISTRY["rms_norm_gated"].active.forward, self.weight, self.eps, self.weight.numel()
+        kernel, weight, eps = REGISTRY["rms_norm_gated"].active.forward, self.weight, self.eps
+        size = weight.numel()
 
         def norm(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             y, total, _ = kernel(x, weight, None, residual, eps, size, False)

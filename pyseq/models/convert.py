@@ -17,8 +17,8 @@ from pyseq.models.text import load_tokenizer
 def convert_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
     """Reads the checkpoint `src`, pickled or not, and writes this package's layout to the folder `dst`.
 
-    `src` is a folder, or a file with its config.json beside it. Pickles go through `torch.load(weights_only=True)`, which
-    reads tensors and refuses everything else.
+    `src` is a folder, or a file with its config.json beside it. Pickles go through `torch.load(weights_only=True)`,
+    which reads tensors and refuses everything else.
     """
     source = Path(src)
     if source.suffix == ".safetensors" or (source.is_dir() and any(source.glob("*.safetensors"))):

@@ -145,7 +145,8 @@ class _Stops:
             raise ValueError(f"stop must not contain an empty sequence, got {stop!r}")
         if self.texts and model.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer; set model.tokenizer, or give sequences of token ids")
-        self.decoders = [model.tokenizer.decoder() for _ in range(batch)] if self.texts else []
+        tokenizer = model.tokenizer if self.texts else None
+        self.decoders = [] if tokenizer is None else [tokenizer.decoder() for _ in range(batch)]
         self.tails = [""] * batch
         self.longest_text = max(map(len, self.texts), default=0)
         self.longest_sequence = max(map(len, self.sequences), default=0)

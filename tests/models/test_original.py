@@ -103,7 +103,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="src"):
         convert_checkpoint(tmp_path, tmp_path / "out")
     torch.save({}, tmp_path / "a.bin")
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         convert_checkpoint(tmp_path / "a.bin", tmp_path / "out")
 
 

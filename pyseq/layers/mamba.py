@@ -153,13 +153,13 @@ class Mamba(torch.nn.Module):
         x_proj, dt_proj = self.x_proj.stepper(), self.dt_proj.stepper()
         weight, conv_bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         A, D, dt_bias, parts = self.A(), self.D, self.dt_proj.bias, [self.dt_rank, self.d_state, self.d_state]
-        d_inner, normed = self.d_inner, self.mixer_rms_eps is not None
+        normed = self.mixer_rms_eps is not None
         conv, scan = state
 
         def step(x: torch.Tensor) -> torch.Tensor:
-            u, z = in_proj(x).split(d_inner, -1)
+            u, z = in_proj(x).chunk(2, -1)
             u = conv_step(conv, u, weight, conv_bias, True)
-            dt, B, C = x_proj(u).split(parts, -1)
+            dt, B, C = x_proj(u).split_with_sizes(parts, -1)  # `split` takes twice as long
             if normed:
                 dt, B, C = self.normalise(dt, B, C)
             return out_proj(scan_step(scan, u, dt_proj(dt), A, B, C, D, z, dt_bias, True))

@@ -44,7 +44,8 @@ def generate(
     tokens of the prompt and the new ones. `seed` makes the draw repeatable; it leaves torch's global generator alone.
     stream: called with the ids [B] of each new token as soon as it is drawn.
     state: continue after this state; input_ids are then the tokens that follow it. It is not changed.
-    return_state: return (ids, state) instead; the state has taken in every token of each row up to its end.
+    return_state: return (ids, state) instead; the state has taken in every token of a row but its last, so that
+    generate(ids[:, -1:], n, state=state) goes on where this call stopped.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     check_ids(input_ids, model.config.padded_vocab_size)
@@ -66,10 +67,15 @@ def generate(
         return sampling.sample(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
 
     seen = None if repetition_penalty == 1 else _seen(model, input_ids, attention_mask)
+    if max_new_tokens == 0:
+        before = None if attention_mask is None else attention_mask[:, :-1]
+        with torch.no_grad():
+            state = model(input_ids[:, :-1], state, attention_mask=before).state if return_state else None
+        return (input_ids.long(), state) if return_state else input_ids.long()
     with torch.inference_mode():
         output = model(input_ids, state, attention_mask=attention_mask, logits_to_keep=1)
         run = _Run(model, output.state, input_ids, max_new_tokens, ends, stops, return_state)
-        logits = output.logits[:, 0]
+        logits, step = output.logits[:, 0], model.stepper(output.state)
         while run.open:
             logits = logits[:, : model.config.vocab_size]
             if seen is not None:
@@ -81,8 +87,8 @@ def generate(
                 seen.scatter_(1, token[:, None], True)
             if stream is not None:
                 stream(token.clone())
-            if run.open or return_state:
-                logits = run.step(token)
+            if run.open:
+                logits = step(token)
     ids = run.ids[:, : run.end].clone()  # outside inference mode, so that autograd may use what is returned
     return (ids, states.clone(run.result_state())) if return_state else ids
 
@@ -101,9 +107,7 @@ class _Run:
         self.pad, self.stops, self.keep, self.state = pad, stops, keep, state
         self.ends = torch.tensor(ends, device=prompt.device) if ends else None
         self.done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-        self.just_done = self.done
-        self.final: Any = None
-        self._step = model.stepper(state)
+        self.final: Any = None  # the states of the rows that ended, as they were then
 
     @property
     def open(self) -> bool:
@@ -116,17 +120,13 @@ class _Run:
         ended = self.stops.matches(self.ids[:, self.start : self.end], ~self.done)
         if self.ends is not None:
             ended |= torch.isin(token, self.ends)
-        self.just_done = ended & ~self.done
-        self.done = self.done | ended
-        return token
-
-    def step(self, token: torch.Tensor) -> torch.Tensor:
-        logits = self._step(token)
-        if self.keep and bool(self.just_done.any()):
+        ended &= ~self.done
+        if self.keep and bool(ended.any()):
             if self.final is None:
                 self.final = states.clone(self.state)
-            states.copy_(self.final, self.state, self.just_done)
-        return logits
+            states.copy_(self.final, self.state, ended)
+        self.done = self.done | ended
+        return token
 
     def result_state(self) -> Any:
         return self.state if self.final is None else states.copy_(states.clone(self.state), self.final, self.done)

@@ -98,13 +98,24 @@ def test_roll_back_and_generate_the_same_again(tiny):
     model = tiny()
     ids, point = model.generate(IDS, 5, seed=1, return_state=True)
     saved = states.clone(point)
-    new = torch.tensor([[3], [4]])
+    new = torch.cat([ids[:, -1:], torch.tensor([[3], [4]])], 1)
     first = model.generate(new, 20, seed=2, state=point)
     model.generate(IDS[:, :2], 20, seed=3, state=point)
     assert all(torch.equal(a, b) for s, t in zip(point, saved, strict=True) for a, b in zip(s, t, strict=True))
     assert torch.equal(model.generate(new, 20, seed=2, state=point), first)
-    whole = model.generate(torch.cat([ids, new], 1), 20, temperature=0)
-    assert torch.equal(model.generate(new, 20, temperature=0, state=point), whole[:, ids.shape[1] :])
+    whole = model.generate(torch.cat([ids, new[:, 1:]], 1), 20, temperature=0)
+    assert torch.equal(model.generate(new, 20, temperature=0, state=point), whole[:, ids.shape[1] - 1 :])
+
+
+@pytest.mark.parametrize("n", [0, 1, 6])
+def test_go_on_where_generation_stopped(tiny, n):
+    model = tiny()
+    mask = torch.ones_like(IDS)
+    mask[1, :6] = 0
+    ids, state = model.generate(IDS, n, temperature=0, attention_mask=mask, return_state=True)
+    more = model.generate(ids[:, -1:], 9, temperature=0, state=state)
+    whole = model.generate(IDS, n + 9, temperature=0, attention_mask=mask)
+    assert torch.equal(torch.cat([ids, more[:, 1:]], 1), whole)
 
 
 def test_returned_state_ends_where_its_row_does(tiny):
@@ -115,10 +126,9 @@ def test_returned_state_ends_where_its_row_does(tiny):
     for row in range(2):
         new = ids[row, 7:].tolist()
         length = 7 + (new.index(stop) + 1 if stop in new else len(new))
-        want = model(ids[row : row + 1, :length]).state
+        want = model(ids[row : row + 1, : length - 1]).state
         for got, expected in zip(states.select(state, [row]), want, strict=True):
-            assert torch.allclose(got.scan, expected.scan, atol=1e-5)
-            assert torch.allclose(got.conv, expected.conv, atol=1e-5)
+            assert torch.equal(got.scan, expected.scan) and torch.equal(got.conv, expected.conv)
     model(IDS, state)[0].sum().backward()  # not an inference tensor
 
 

@@ -12,17 +12,22 @@
 
 namespace pyseq::PYSEQ_ISA {
 
-// Within its scope the machine takes and leaves denormal numbers as zero: a state that decays to nothing stays fast.
-struct FlushDenormals {
+// From here on the machine takes and leaves denormal numbers as zero, until restored: a state that decays to nothing stays
+// fast. Not a guard object: its destructor would make every kernel refer to the C++ runtime's exception handling.
+inline unsigned flush_denormals() {
 #if defined(__SSE__)
   const unsigned before = _mm_getcsr();
-  FlushDenormals() { _mm_setcsr(before | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(before); }
+  _mm_setcsr(before | 0x8040);
+  return before;
 #else
-  FlushDenormals() {}
+  return 0;
 #endif
-  FlushDenormals(const FlushDenormals&) = delete;
-};
+}
+inline void restore_denormals([[maybe_unused]] unsigned before) {
+#if defined(__SSE__)
+  _mm_setcsr(before);
+#endif
+}
 
 #if defined(__AVX512F__)
 constexpr int W = 16;

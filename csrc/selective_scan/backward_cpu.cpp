@@ -17,15 +17,15 @@ struct Chunk {
 
 // States [n, n + kStates) of the chunk: forward from h, keeping exp(delta A) and h, then back with g, which arrives as
 // exp(delta A) g of the token after the chunk. shared: [tokens, width / 2, 4], the sums over lanes for dB and dC.
-void walk_states(Chunk& c, int64_t tokens, bool first, int64_t width, const float* h0, const float* A, const float* B, const float* C,
-                 float* g_n, float* dA_n, float* shared, const Ahead<7>& ahead) {
+void walk_states(Chunk& c, int64_t tokens, bool first, int64_t width, const float* h0, const float* A, const float* B,
+                 const float* C, float* g_n, float* dA_n, float* shared, const Ahead<7>& ahead) {
   vf h[kStates], g[kStates], dA[kStates];
   for (int n = 0; n < kStates; ++n) h[n] = load(h0 + n * W);
   for (int64_t t = 0; t < tokens; ++t) {
     if (first) ahead.fetch(t);
-    const vf start = first ? vf{} : load(c.y + t * W);
-    float* kept = c.kept + t * 2 * kStates * W;
-    store(c.y + t * W, advance<kStates, true>(h, A, B + t * width, C + t * width, load(c.delta + t * W), load(c.du + t * W), start, kept));
+    const vf delta = load(c.delta + t * W), du = load(c.du + t * W), start = first ? vf{} : load(c.y + t * W);
+    float* const kept = c.kept + t * 2 * kStates * W;
+    store(c.y + t * W, advance<kStates, true>(h, A, B + t * width, C + t * width, delta, du, start, kept));
   }
   for (int n = 0; n < kStates; ++n) {
     g[n] = load(g_n + n * W);
@@ -82,7 +82,8 @@ void read_chunk(const SelectiveScan& s, Chunk& c, int64_t row, int64_t begin, in
   }
 }
 
-void write_chunk(const SelectiveScan& s, const Chunk& c, int64_t row, int64_t begin, int64_t tokens, const Tile& tile, float* dD, float* dbias) {
+void write_chunk(const SelectiveScan& s, const Chunk& c, int64_t row, int64_t begin, int64_t tokens, const Tile& tile,
+                 float* dD, float* dbias) {
   const auto [channel, lanes, group] = tile;
   const vf D = load_or(s.D, channel, lanes, 0.f);
   vf sum_D = load(dD), sum_bias = load(dbias);
@@ -177,45 +178,10 @@ void walk_block(const SelectiveScan& s, int64_t row, int64_t group, int64_t bloc
 }  // namespace
 
 void selective_scan_backward(const SelectiveScan& s, int64_t begin, int64_t end) {
-  const FlushDenormals guard;
+  const unsigned denormals = flush_denormals();
   const int64_t per_group = blocks(s), per_row = per_group * s.groups;
   for (int64_t i = begin; i < end; ++i) walk_block(s, i / per_row, i % per_row / per_group, i % per_group);
-}
-
-void selective_scan_reduce_tokens(const SelectiveScan& s, int64_t begin, int64_t end) {
-  const int64_t width = padded(s.states), count = blocks(s);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = i / s.time, t = i % s.time;
-    for (int64_t group = 0; group < s.groups; ++group) {
-      const float* from = s.dBC_blocks + ((row * s.groups + group) * count * s.time + t) * 2 * width;
-      const int64_t to = (i * s.groups + group) * s.states;
-      for (int64_t n = 0; n < s.states; n += W) {
-        float dB[W] = {}, dC[W] = {};
-        for (int64_t block = 0; block < count; ++block) {
-          for (int64_t k = 0; k < W && n + k < s.states; ++k) {
-            const float* four = from + block * s.time * 2 * width + (n + k) / 2 * 4 + k % 2;
-            dB[k] += four[0];
-            dC[k] += four[2];
-          }
-        }
-        store(s.dB, to + n, load(dB), s.states - n);
-        store(s.dC, to + n, load(dC), s.states - n);
-      }
-    }
-  }
-}
-
-void selective_scan_reduce_channels(const SelectiveScan& s, int64_t begin, int64_t end) {
-  const auto add = [&](float* to, const float* rows, int64_t width) {
-    for (int64_t i = begin * width; i < end * width; ++i) {
-      float sum = 0.f;
-      for (int64_t row = 0; row < s.batch; ++row) sum += rows[row * s.dim * width + i];
-      to[i] = sum;
-    }
-  };
-  add(s.dA, s.dA_rows, s.states);
-  if (s.dD) add(s.dD, s.dD_rows, 1);
-  if (s.dbias) add(s.dbias, s.dbias_rows, 1);
+  restore_denormals(denormals);
 }
 
 }  // namespace pyseq::PYSEQ_ISA

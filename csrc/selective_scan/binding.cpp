@@ -135,16 +135,19 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
   Arguments args(u, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus);
   SelectiveScan& s = args.s;
   const auto sum_for = [&](const OptionalTensor& t) { return t ? new_tensor_like(*t, ScalarType::Float) : absent(u); };
-  const Tensor du = large_like(u), ddt = large_like(dt), dB = large_like(B), dC = large_like(C), dz = z ? large_like(*z) : absent(u);
+  const Tensor du = large_like(u), ddt = large_like(dt), dB = large_like(B), dC = large_like(C);
+  const Tensor dz = z ? large_like(*z) : absent(u);
   const Tensor dA = sum_for(A), dD = sum_for(D), dbias = sum_for(dt_bias), dstate = sum_for(state);
   const auto result = [&]() -> Gradients {
-    const auto as = [](const Tensor& t, const OptionalTensor& like) { return like ? torch::stable::to(t, like->scalar_type()) : t; };
+    const auto as = [](const Tensor& t, const OptionalTensor& like) { return like ? cast(t, like->scalar_type()) : t; };
     return {du, ddt, as(dA, A), dB, dC, as(dD, D), dz, as(dbias, dt_bias), dstate};
   };
   if (args.packed && !args.packed->valid) {
     fill_nan({du, ddt, dA, dB, dC, dD, dz, dbias, dstate});
     return result();
   }
+  STD_TORCH_CHECK(kept.numel() == s.batch * checkpoints(s.time) * s.dim * s.states,
+                  "selective_scan_backward: the forward ran with keep = false");
   const OptionalTensor dy_rows = rows_contiguous(dy), dlast_f = as_float32(dlast);
   s.checkpoints = floats(kept);
   s.dy = view(dy_rows);
@@ -181,12 +184,14 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
 Tensor step(const Tensor& state, const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
             const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus) {
   Tensor h = rows_contiguous(state);
-  const Tensor u_rows = rows_contiguous(u), dt_rows = rows_contiguous(dt), B_rows = rows_contiguous(B), C_rows = rows_contiguous(C);
+  const Tensor u_rows = rows_contiguous(u), dt_rows = rows_contiguous(dt);
+  const Tensor B_rows = rows_contiguous(B), C_rows = rows_contiguous(C);
   const Tensor A_f = as_float32(A), y = new_tensor_like(u, u.scalar_type());
   const OptionalTensor D_f = as_float32(D), z_rows = rows_contiguous(z), bias_f = as_float32(dt_bias);
   const int64_t groups = B.dim() == 3 ? B.size(1) : 1;
-  const SelectiveScanStep s{u.size(0), u.size(1), A.size(1), groups, view(h), view(u_rows), view(dt_rows), view(z_rows), view(y),
-                            shared_view(B_rows, true), shared_view(C_rows, true), floats(A_f), floats(D_f), floats(bias_f), dt_softplus};
+  const SelectiveScanStep s{u.size(0), u.size(1), A.size(1), groups, view(h), view(u_rows), view(dt_rows), view(z_rows),
+                            view(y), shared_view(B_rows, true), shared_view(C_rows, true), floats(A_f), floats(D_f),
+                            floats(bias_f), dt_softplus};
   const int64_t units = s.batch * PYSEQ_DISPATCH(selective_scan_tiles)(s.dim, s.groups);
   const int64_t grain = 1 + 2400 / (s.states + 4);   // about 20 us
   parallel(units, grain, [&](int64_t begin, int64_t end) { PYSEQ_DISPATCH(selective_scan_step)(s, begin, end); });

@@ -9,8 +9,8 @@ constexpr int64_t kTokens = 32;   // staged at a time: the rows of a tile, B and
 
 // y[t] += <C[t], h[t]> over states [n, n + NB), whose h stays in registers. The first states start y.
 template <int NB>
-void scan_states(float* h_n, const float* A, const float* B, const float* C, int64_t width, const float* delta, const float* du,
-                 float* y, bool first, int64_t tokens, const Ahead<4>& ahead) {
+void scan_states(float* h_n, const float* A, const float* B, const float* C, int64_t width, const float* delta,
+                 const float* du, float* y, bool first, int64_t tokens, const Ahead<4>& ahead) {
   vf h[NB];
   for (int n = 0; n < NB; ++n) h[n] = load(h_n + n * W);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -21,8 +21,8 @@ void scan_states(float* h_n, const float* A, const float* B, const float* C, int
   for (int n = 0; n < NB; ++n) store(h_n + n * W, h[n]);
 }
 
-void scan_tokens(const SelectiveScan& s, int64_t row, int64_t begin, int64_t tokens, const Tile& tile, const Ahead<4>& ahead,
-                 const float* A, const float* B, const float* C, float* h) {
+void scan_tokens(const SelectiveScan& s, int64_t row, int64_t begin, int64_t tokens, const Tile& tile,
+                 const Ahead<4>& ahead, const float* A, const float* B, const float* C, float* h) {
   alignas(64) float delta[kTokens * W], du[kTokens * W], y[kTokens * W];
   const auto [channel, lanes, group] = tile;
   const vf bias = load_or(s.dt_bias, channel, lanes, 0.f), D = load_or(s.D, channel, lanes, 0.f);
@@ -83,7 +83,8 @@ void scan_row(const SelectiveScan& s, int64_t row, int64_t first, int64_t count)
           for (int64_t n = 0; n < s.states; ++n) store(to + n * tile.lanes, load(h + i * size + n * W), tile.lanes);
         }
         const bool last = i + 1 == count;
-        const Ahead<4> ahead({&s.u, &s.dt, &s.z, &s.y}, row, last ? t + tokens : t, last ? tile.channel - i * W : tile.channel + W);
+        const Ahead<4> ahead({&s.u, &s.dt, &s.z, &s.y}, row, last ? t + tokens : t,
+                             last ? tile.channel - i * W : tile.channel + W);
         scan_tokens(s, row, t, tokens, tile, ahead, A + i * size, B, C, h + i * size);
       }
     }
@@ -99,7 +100,7 @@ void scan_row(const SelectiveScan& s, int64_t row, int64_t first, int64_t count)
 int64_t selective_scan_tiles(int64_t dim, int64_t groups) { return tiles_of_group(dim, groups) * groups; }
 
 void selective_scan_forward(const SelectiveScan& s, int64_t begin, int64_t end) {
-  const FlushDenormals guard;
+  const unsigned denormals = flush_denormals();
   const int64_t per_group = tiles_of_group(s.dim, s.groups), per_row = per_group * s.groups;
   for (int64_t i = begin, count; i < end; i += count) {
     count = kBlock / W;
@@ -107,6 +108,7 @@ void selective_scan_forward(const SelectiveScan& s, int64_t begin, int64_t end) 
     if (count > end - i) count = end - i;
     scan_row(s, i / per_row, i % per_row, count);
   }
+  restore_denormals(denormals);
 }
 
 }  // namespace pyseq::PYSEQ_ISA

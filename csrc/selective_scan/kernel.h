@@ -60,15 +60,14 @@ struct SelectiveScanStep {
   bool dt_softplus;
 };
 
-constexpr int64_t checkpoints(int64_t time) { return time > 0 ? (time - 1) / kChunk : 0; }   // before tokens kChunk, 2 kChunk, ...
+constexpr int64_t checkpoints(int64_t time) { return time > 0 ? (time - 1) / kChunk : 0; }   // before token kChunk, ...
 constexpr int64_t padded(int64_t states) { return (states + 7) / 8 * 8; }
 inline int64_t blocks(const SelectiveScan& s) { return (s.dim / s.groups + kBlock - 1) / kBlock; }
 inline int64_t forward_scratch(const SelectiveScan& s) { return (2 * kBlock + 2 * kChunk) * padded(s.states) + 16; }
 inline int64_t backward_scratch(const SelectiveScan& s) { return (3 * kBlock + 4 * kChunk + 16) * padded(s.states) + 16; }
 
-// Work units: forward B times tiles(D, G), where a tile is one register's worth of channels of one group;
-// backward B G blocks(s); reduce B T of dB and dC (selective_scan_reduce_tokens), D of the rest (selective_scan_reduce_channels);
-// step B times tiles(D, G).
+// Work units: forward and step B times tiles(D, G), where a tile is one register's worth of channels of one group; backward
+// B G blocks(s); then selective_scan_reduce_tokens B T, for dB and dC, and selective_scan_reduce_channels D, for the rest.
 namespace v2 {
 int64_t selective_scan_tiles(int64_t dim, int64_t groups);
 void selective_scan_forward(const SelectiveScan&, int64_t begin, int64_t end);

@@ -37,12 +37,13 @@ void step_tile(const SelectiveScanStep& s, int64_t b, const Tile& tile) {
 }  // namespace
 
 void selective_scan_step(const SelectiveScanStep& s, int64_t begin, int64_t end) {
-  const FlushDenormals guard;
+  const unsigned denormals = flush_denormals();
   const int64_t per_row = tiles_of_group(s.dim, s.groups) * s.groups;
   for (int64_t i = begin; i < end; ++i) {
     const Tile tile = tile_at(s.dim, s.groups, i % per_row);
     s.state.type == DType::f32 ? step_tile<float>(s, i / per_row, tile) : step_tile<bf16>(s, i / per_row, tile);
   }
+  restore_denormals(denormals);
 }
 
 }  // namespace pyseq::PYSEQ_ISA

@@ -135,7 +135,9 @@ def causal_conv1d_step(
     Args:
         state: [B, D, W-1] float32 or bfloat16, oldest sample first.
         x: [B, D], float32, bfloat16 or float16.
-        weight, bias, activation: as for `causal_conv1d`.
+        weight: [D, W], as for `causal_conv1d`.
+        bias: [D] or None.
+        activation: None or "silu".
 
     Returns:
         y [B, D] in x's dtype, bit for bit that of `causal_conv1d` on a sequence of length 1.

@@ -1,0 +1,109 @@
+"""The calls that `pyseq bench` times: the sizes of one layer of a 130 M Mamba over 2048 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyseq
+
+from .bench import tensor_bytes
+
+T, D, N, W, D_MODEL = 2048, 1536, 16, 4, 768
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    call: Callable[[], Any]
+    bytes: int
+
+
+def _normal(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _training(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Work]:
+    """Forward alone, and forward with backward, which also reads outputs' gradients and writes those of inputs."""
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(**arguments)
+
+    def both() -> Any:
+        outputs = function(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs])
+
+    leaves = {n: v.clone().requires_grad_() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    inputs: Sequence[Tensor] = [v for v in leaves.values() if isinstance(v, Tensor)]
+    once = tensor_bytes(arguments) + tensor_bytes(forward())
+    return [Work("forward", forward, once), Work("forward + backward", both, 2 * once + tensor_bytes(arguments))]
+
+
+def _step(function: Callable[..., Any], state: Tensor, arguments: dict[str, Any]) -> Work:
+    def call() -> Any:
+        with torch.no_grad():
+            return function(state, **arguments)
+
+    return Work("step, batch 1", call, 2 * tensor_bytes(state) + tensor_bytes(arguments) + tensor_bytes(call()))
+
+
+def causal_conv1d(dtype: torch.dtype, device: str) -> list[Work]:
+    weights = {"weight": _normal(D, W, device=device), "bias": _normal(D, device=device), "activation": "silu"}
+    return [
+        *_training(pyseq.causal_conv1d, {"x": _normal(1, T, D, device=device, dtype=dtype), **weights}),
+        _step(
+            pyseq.causal_conv1d_step,
+            _normal(1, D, W - 1, device=device),
+            {"x": _normal(1, D, device=device, dtype=dtype), **weights},
+        ),
+    ]
+
+
+def selective_scan(dtype: torch.dtype, device: str) -> list[Work]:
+    def data(*time: int) -> dict[str, Any]:
+        wide = {name: _normal(1, *time, D, device=device, dtype=dtype) for name in ("u", "dt", "z")}
+        narrow = {name: _normal(1, *time, N, device=device, dtype=dtype) for name in ("B", "C")}
+        weights = {"A": -_normal(D, N, device=device).exp(), "D": _normal(D, device=device)}
+        return {**wide, **narrow, **weights, "dt_bias": _normal(D, device=device) - 4, "dt_softplus": True}
+
+    return [
+        *_training(pyseq.selective_scan, data(T)),
+        _step(pyseq.selective_scan_step, _normal(1, D, N, device=device), data()),
+    ]
+
+
+def rms_norm_gated(dtype: torch.dtype, device: str) -> list[Work]:
+    x, residual = (_normal(1, T, D_MODEL, device=device, dtype=kind) for kind in (dtype, torch.float32))
+    return _training(pyseq.rms_norm_gated, {"x": x, "weight": _normal(D_MODEL, device=device), "residual": residual})
+
+
+def linear(dtype: torch.dtype, device: str) -> list[Work]:
+    """The first projection of the layer, [2 D, d_model], its weight packed: bytes are dominated by the weight."""
+    kind = torch.float32 if dtype == torch.float16 else dtype  # weights are float32 or bfloat16
+    weight = _normal(2 * D, D_MODEL, device=device, dtype=kind)
+    packed = pyseq.pack_linear(weight)
+
+    def work(rows: int) -> Work:
+        x = _normal(rows, D_MODEL, device=device, dtype=kind)
+
+        def call() -> Any:
+            with torch.no_grad():
+                return pyseq.linear(x, packed)
+
+        return Work(f"{rows} rows", call, tensor_bytes((x, weight, call())))
+
+    return [work(rows) for rows in (1, 8, T)]
+
+
+WORKLOADS: dict[str, Callable[[torch.dtype, str], list[Work]]] = {
+    "causal_conv1d": causal_conv1d,
+    "selective_scan": selective_scan,
+    "rms_norm_gated": rms_norm_gated,
+    "linear": linear,
+}

@@ -1,0 +1,63 @@
+"""The model a run trains, and how text becomes its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pyseq.models import CausalLM, Config, from_pretrained
+from pyseq.models.text import JsonTokenizer
+
+from .corpus import Codec
+from .settings import Settings
+
+
+def fresh_model(settings: Settings) -> tuple[CausalLM, Codec]:
+    """A model of random weights, or the checkpoint to start from, and its codec."""
+    if settings.start_from:
+        model = load_model(Path(settings.start_from), settings)
+        if settings.tokenizer:
+            raise ValueError("tokenizer: the checkpoint to start from has its own; give one of the two")
+        return model, _codec_of(model)
+    tokenizer = JsonTokenizer(settings.tokenizer) if settings.tokenizer else None
+    codec = byte_codec() if tokenizer is None else _json_codec(tokenizer, tokenizer.vocab_size)
+    config = Config(
+        d_model=settings.d_model,
+        n_layer=settings.layers,
+        vocab_size=codec.vocab_size,
+        layer_args={"d_state": settings.d_state},
+        bos_token_id=codec.separator,
+        eos_token_id=codec.separator,
+    )
+    model = CausalLM(config)
+    model.tokenizer = tokenizer or model.tokenizer
+    return model.to(settings.device).train(), codec
+
+
+def load_model(path: Path | str, settings: Settings) -> CausalLM:
+    return from_pretrained(path, device=settings.device, dtype=torch.float32).train()
+
+
+def byte_codec() -> Codec:
+    """One token per byte; NUL, which no text file contains, separates documents."""
+    return Codec(encode=lambda text: text, vocab_size=256, separator=0)
+
+
+def _json_codec(tokenizer: JsonTokenizer, separator: int) -> Codec:
+    return Codec(
+        encode=lambda text: tokenizer.encode(text.decode("utf-8")),
+        vocab_size=max(tokenizer.vocab_size, separator + 1),
+        separator=separator,
+    )
+
+
+def _codec_of(model: CausalLM) -> Codec:
+    if not isinstance(model.tokenizer, JsonTokenizer):
+        if model.config.vocab_size != 256:
+            raise ValueError(f"start_from: no tokenizer.json beside a model of {model.config.vocab_size} tokens")
+        return byte_codec()
+    end = model.config.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError(f"start_from: the config must name one end token, which separates documents; it has {end}")
+    return _json_codec(model.tokenizer, end)

@@ -30,7 +30,7 @@ def train(
     held_out: Annotated[
         int | None,
         typer.Option(
-            help="Bytes of text never trained on.", show_default="a twentieth, at most 512 KiB", rich_help_panel=TEXT
+            help="Bytes of text never trained on.", show_default="a twentieth, at most 256 KiB", rich_help_panel=TEXT
         ),
     ] = None,
     preset: Annotated[

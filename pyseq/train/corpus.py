@@ -128,7 +128,7 @@ def split_by_file(files: Sequence[Path], held_out: int | None, progress: Progres
     total = sum(piece.end for piece in found.values())
     if total < 2:
         raise ValueError(f"data: no text in {len(files)} files (text is UTF-8 without NUL)")
-    wanted = min(total // 20, 1 << 19) if held_out is None else held_out
+    wanted = min(total // 20, 1 << 18) if held_out is None else held_out
     wanted = max(1, wanted)
     if wanted >= total:
         raise ValueError(f"held_out = {held_out}: the text has only {total} bytes")

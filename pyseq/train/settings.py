@@ -19,7 +19,7 @@ class Settings:
 
     data: tuple[str, ...] = ()  # files and folders; empty: the standard library of this Python
     tokenizer: str | None = None  # a tokenizer.json; None: bytes
-    held_out: int | None = None  # bytes; None: a twentieth of the text, at most 512 KiB
+    held_out: int | None = None  # bytes; None: a twentieth of the text, at most 256 KiB
     start_from: str | None = None  # a checkpoint whose weights and geometry to start from; None: fresh weights
     d_model: int = 256
     layers: int = 4
@@ -90,7 +90,6 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "time_limit": 120.0,
-        "held_out": 1 << 18,
         "d_model": 128,
         "layers": 3,
         "batch": 8,

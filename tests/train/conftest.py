@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyseq.train import Settings
 
 WORDS = ("state", "scan", "the", "a", "of", "step", "gate", "return", "import", "lambda", "self", "for", "in", "not")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more, and the runs in other processes use one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

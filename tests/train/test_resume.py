@@ -34,14 +34,6 @@ sys.exit(0 if result.stopped_by is None else 128 + result.stopped_by)
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def start(out: Path, settings: Settings | None = None, file_limit: int = 0) -> subprocess.Popen[str]:
     """A run in a process of its own; without settings, resumed."""
     given = json.dumps(settings.to_json() if settings else {})

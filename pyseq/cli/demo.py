@@ -16,14 +16,17 @@ PROMPT = "The "
 
 @clear_failures
 def demo(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH", help="Text files or folders.", show_default="Python's standard library"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.", file_okay=False)] = Path("runs/demo"),
     time_limit: Annotated[str, typer.Option(help="Time to train for, such as 90s or 2m.")] = "2m",
     threads: Threads = None,
 ) -> None:
     """Train a small Mamba for two minutes, measure it, and let it write.
 
-    It learns the sources of Python's standard library, byte by byte. Run again, it goes on where it was interrupted, or
-    only writes if training is complete.
+    It learns byte by byte. Run again, it goes on where it was interrupted, or only writes if training is complete.
     """
     use_threads(threads)
     from pyseq.models import from_pretrained
@@ -40,7 +43,8 @@ def demo(
         if before:
             result = resume(out, bars)
         else:
-            result = train(Settings(**{**PRESETS["demo"], "time_limit": seconds(time_limit)}), out, bars)
+            chosen = {"data": tuple(data or ()), "time_limit": seconds(time_limit)}
+            result = train(Settings(**{**PRESETS["demo"], **chosen}), out, bars)
     if result.stopped_by is not None:
         messages().print(f"stopped at step {result.step} of {result.steps}; the same command goes on from there")
         raise typer.Exit(128 + result.stopped_by)

@@ -3,32 +3,37 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
+// The states of a channel lie side by side, so here they are the lanes, and only <C, h> needs the channels there: the sum
+// over states runs in the order of the sequence kernel, which makes the two agree bit for bit.
 template <class T>
 void step_tile(const SelectiveScanStep& s, int64_t b, const Tile& tile) {
-  const auto [channel, lanes, group] = tile;
+  const int64_t channel = tile.channel, lanes = tile.lanes;
   const auto row = [&](const View& x) { return load(x, b * x.stride[0] + channel, lanes); };
   const vf u = row(s.u), raw = row(s.dt) + load_or(s.dt_bias, channel, lanes, 0.f);
-  const vf delta = s.dt_softplus ? softplus(raw) : raw, du = delta * u;
+  const vf delta = s.dt_softplus ? softplus(raw) : raw;
+  alignas(64) float delta_of[W], du_of[W];
+  store(delta_of, delta);
+  store(du_of, delta * u);
   T* const state = static_cast<T*>(s.state.data) + b * s.state.stride[0] + channel * s.state.stride[1];
   vf y{};
   for (int64_t n = 0; n < s.states; n += W) {
-    alignas(64) float A[W * W], B[W], C[W];
-    vf h[W];
-    load_states(h, s.A + channel * s.states, s.states, s.states, lanes, n);
-    for (int i = 0; i < W; ++i) store(A + i * W, h[i] * kLog2e);
-    load_states(h, state, s.state.stride[1], s.states, lanes, n);
-    store(B, load(s.B, b * s.B.stride[0] + group * s.B.stride[1] + n, s.states - n));
-    store(C, load(s.C, b * s.C.stride[0] + group * s.C.stride[1] + n, s.states - n));
-    if (n + W <= s.states) {
-      y = advance(h, A, B, C, delta, du, y);
-    } else {
-      for (int64_t i = 0; n + i < s.states; ++i) {
-        vf one[1] = {h[i]};
-        y = advance(one, A + i * W, B + i, C + i, delta, du, y);
-        h[i] = one[0];
+    const int64_t left = s.states - n;
+    const vf B = load(s.B, b * s.B.stride[0] + tile.group * s.B.stride[1] + n, left);
+    alignas(64) float C[W];
+    store(C, load(s.C, b * s.C.stride[0] + tile.group * s.C.stride[1] + n, left));
+    vf h[W] = {};
+    const auto advance_channels = [&](int64_t channels, int64_t states) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < channels; ++i) {
+        T* const at_i = state + i * s.state.stride[1] + n;
+        const vf A = load(s.A + (channel + i) * s.states + n, states) * kLog2e;
+        h[i] = next(decay(splat(delta_of[i]), A), load(at_i, states), splat(du_of[i]), B);
+        store(at_i, h[i], states);
       }
-    }
-    store_states(state, s.state.stride[1], h, s.states, lanes, n);
+    };
+    lanes == W && left >= W ? advance_channels(W, W) : advance_channels(lanes, left);
+    transpose(h);
+    for (int64_t k = 0; k < W && k < left; ++k) y = fma(h[k], splat(C[k]), y);
   }
   if (s.D) y = fma(load(s.D + channel, lanes), u, y);
   store(s.y, b * s.y.stride[0] + channel, s.z ? y * silu(row(s.z)) : y, lanes);

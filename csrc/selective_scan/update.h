@@ -18,14 +18,17 @@ inline Tile tile_at(int64_t dim, int64_t groups, int64_t i) {
   return {group * channels + first, first + W <= channels ? W : channels - first, group};
 }
 
+inline vf decay(vf delta, vf A) { return exp2(delta * A); }   // A is pre-scaled by log2 e
+inline vf next(vf a, vf h, vf du, vf B) { return fma(a, h, du * B); }
+
 // States [n, n + NB) of one token: advances h and adds <C, h> to y. A is pre-scaled by log2 e: [N, W]; B and C are rows of N;
 // du = delta u. With Keep, exp(delta A) and h are left in kept: [2, NB, W].
 template <int NB, bool Keep = false>
 inline vf advance(vf (&h)[NB], const float* A, const float* B, const float* C, vf delta, vf du, vf y, float* kept = nullptr) {
 #pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) {
-    const vf a = exp2(delta * load(A + n * W));
-    h[n] = fma(a, h[n], du * B[n]);
+    const vf a = decay(delta, load(A + n * W));
+    h[n] = next(a, h[n], du, splat(B[n]));
     y = fma(h[n], splat(C[n]), y);
     if constexpr (Keep) {
       store(kept + n * W, a);

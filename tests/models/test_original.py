@@ -76,6 +76,15 @@ def test_conversion(tiny, name, nested, new_format, tmp_path):
         assert torch.equal(read(IDS).logits, model(IDS).logits)
 
 
+def test_conversion_of_safetensors(tiny, tmp_path):
+    model = tiny()
+    write(tmp_path, *original(model))
+    convert_checkpoint(tmp_path, tmp_path / "from_folder")
+    convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "from_file")
+    for folder in ("from_folder", "from_file"):
+        assert torch.equal(pyseq.from_pretrained(tmp_path / folder)(IDS).logits, model(IDS).logits)
+
+
 class Bomb:
     def __reduce__(self):
         return (open, ("exploded", "w"))

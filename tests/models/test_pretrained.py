@@ -131,6 +131,29 @@ except Exception as error:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_killed_while_saving(tiny, tmp_path):
+    """Whatever the moment, another process reads one whole model, and so it does after the writer was killed."""
+    tiny().save_pretrained(tmp_path)
+    code = """
+import itertools, sys, pyseq
+model = pyseq.from_pretrained(sys.argv[1])
+for value in itertools.count():
+    for p in model.parameters():
+        p.data.fill_(value)
+    model.save_pretrained(sys.argv[1])
+    print(flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    for attempt in range(21):
+        if attempt == 20:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        values = torch.cat([p.detach().flatten() for p in pyseq.from_pretrained(tmp_path).parameters()])
+        assert (values == values[0]).all()
+
+
 def header(entries, data=b"", length=None):
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data

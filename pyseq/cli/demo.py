@@ -54,7 +54,7 @@ def demo(
     console.print(as_text(result.curve))
     console.print(scores(result))
     console.print(f"\n{result.checkpoint} writes, at temperature 0.7:\n", style="bold", soft_wrap=True)
-    model = from_pretrained(result.checkpoint)
+    model = from_pretrained(result.checkpoint).pack()
     write(model, PROMPT, 400, show=True, temperature=0.7, seed=1)
     console.print(
         f"\n[bold]Next[/bold]\n"

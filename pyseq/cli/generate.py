@@ -52,7 +52,7 @@ def generate(
     if dtype not in kinds:
         raise typer.BadParameter(f"{dtype!r}: expected float32 or bfloat16", param_hint="--dtype")
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = from_pretrained(checkpoint_in(model), device=device, dtype=kinds[dtype])
+    loaded = from_pretrained(checkpoint_in(model), device=device, dtype=kinds[dtype]).pack()
     options = {
         "temperature": temperature,
         "top_k": top_k,

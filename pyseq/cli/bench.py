@@ -6,15 +6,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from .output import Device, Json, Threads, bar, clear_failures, print_json, results, use_threads
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ._library import REGISTRY, Op
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run: `kernel` is "cpu v4", "cuda", "simt" or "reference"; `notes` say what costs extra."""
+    """What a call would run: `kernel` is "cpu v4", "cuda", "simt", "torch" or "reference"; `notes` tell what else."""
 
     op: str
     kernel: str
@@ -43,7 +43,9 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> Explanation:
     bound = inspect.signature(op).bind(*args, **kwargs).arguments
     tensors = {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
     kernel, why = _kernel(entry, tensors)
-    return Explanation(op.__name__, kernel, why, tuple(_notes(entry, tensors, kernel)))
+    own = entry.notes if kernel != "reference" else None
+    notes = own(bound) if own is not None else _notes(entry, tensors, kernel)
+    return Explanation(op.__name__, kernel, why, tuple(notes))
 
 
 def _kernel(op: Op, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
@@ -54,6 +56,8 @@ def _kernel(op: Op, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
     if device.type == "cuda":
         if "cuda" in op.backends:
             return "cuda", f"the tensors are on {device}; compiled for {_C.cuda_architectures}"
+        if op.cublas:
+            return "torch", f"the tensors are on {device}: cuBLAS"
         return "none", f"the tensors are on {device}, and this build has no CUDA kernel for the op: the call raises"
     if _library._namespace == "pyseq_simt":
         return "simt", "the CUDA kernel, run on the CPU by the emulator"

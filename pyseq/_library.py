@@ -134,6 +134,8 @@ class Op:
     packs: bool = False             # takes cu_seqlens
     split_exact: bool = False       # forward bits do not depend on how a sequence is split
     float32: tuple[str, ...] = ()   # arguments read as float32 whatever they are: weights, A, D, biases
+    cublas: bool = False            # on CUDA the op is torch's own
+    notes: Callable[[dict[str, Any]], list[str]] | None = None   # what explain() says about a call, if not the usual
 
     @property
     def active(self) -> Kernels:

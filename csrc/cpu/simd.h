@@ -249,22 +249,41 @@ inline vh narrow_f16(vf v) {
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
+inline vf widen(bf16, vh h) { return widen_bf16(h); }
+inline vf widen(f16, vh h) { return widen_f16(h); }
+inline vh narrow(bf16, vf v) { return narrow_bf16(v); }
+inline vh narrow(f16, vf v) { return narrow_f16(v); }
+
 inline vf load(const bf16* p) { vh h; std::memcpy(&h, p, sizeof h); return widen_bf16(h); }
 inline vf load(const f16* p) { vh h; std::memcpy(&h, p, sizeof h); return widen_f16(h); }
 inline void store(bf16* p, vf v) { const vh h = narrow_bf16(v); std::memcpy(p, &h, sizeof h); }
 inline void store(f16* p, vf v) { const vh h = narrow_f16(v); std::memcpy(p, &h, sizeof h); }
 
+#if defined(__AVX512F__)
+inline __mmask16 lanes(int64_t n) { return __mmask16((1u << n) - 1); }   // the first n < W
+#endif
+
 template <class T> inline vf load(const T* p, int64_t n) {
   if (n >= W) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps(lanes(n), p);
+  else return widen(T{}, (vh)_mm256_maskz_loadu_epi16(lanes(n), p));
+#else
   T lane[W] = {};
   std::memcpy(lane, p, n * sizeof(T));
   return load(lane);
+#endif
 }
 template <class T> inline void store(T* p, vf v, int64_t n) {
   if (n >= W) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, lanes(n), (__m512)v);
+  else _mm256_mask_storeu_epi16(p, lanes(n), (__m256i)narrow(T{}, v));
+#else
   T lane[W];
   store(lane, v);
   std::memcpy(p, lane, n * sizeof(T));
+#endif
 }
 
 // The same with the dtype known only at run time: a branch per vector, for tensors off the hot path.

@@ -9,7 +9,7 @@ void linear_backward_bias(const LinearBackwardBias& l, int64_t begin, int64_t en
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanel, count = std::min(kPanel, l.N - first);
     vf db[kVectors] = {};
-    for (int64_t m = 0; m < l.M; m += kChunk) {   // totals of chunks, added in order: errors stay small for long batches
+    for (int64_t m = 0; m < l.M; m += kChunk) {   // totals of chunks, added in order, lose less
       const int64_t rows = std::min(kChunk, l.M - m);
       pack_strip({l.dy.data, l.dy.type, l.dy.depth, l.dy.row}, false, first, count, kPanel, m, m + rows, strip);
       vf chunk[kVectors] = {};

@@ -95,7 +95,8 @@ const Tiles& tiles_for(const Linear& l) {
 int64_t words(const Linear& l, int64_t k) { return l.pairs ? (k + 1) / 2 : k; }
 int64_t floats_per_word(const Linear& l) { return l.pairs && !l.dot ? 2 : 1; }   // in packed x
 
-int64_t tile_row(const Linear& l, int64_t tile) { return l.M * tile / linear_tiles(l.M); }   // tiles differ by one row at most
+// Tiles differ by one row at most.
+int64_t tile_row(const Linear& l, int64_t tile) { return l.M * tile / linear_tiles(l.M); }
 
 void load_totals(const Linear& l, int64_t row, int64_t rows, int64_t column, int64_t width, float* total) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -136,7 +137,7 @@ void linear_pack_rows(const Linear& l, int64_t begin, int64_t end) {
 void linear_forward(const Linear& l, int64_t begin, int64_t end) {
   const Tiles& kernels = tiles_for(l);
   const int64_t tiles = linear_tiles(l.M), blocks = linear_blocks(l.M), panels = (l.N + kPanel - 1) / kPanel;
-  const int64_t depth = words(l, l.end - l.begin), chunk = words(l, kChunk), floats = floats_per_word(l);
+  const int64_t depth = words(l, l.end - l.begin), per_word = l.pairs ? 2 : 1, floats = floats_per_word(l);
   const int64_t panel_words = l.panels ? words(l, l.K) * kPanel : 0;
   const int64_t side_by_side = tiles == 1 && l.panels ? wide(l.M) / kVectors : 0;   // panels that a low tile spans
   const int64_t most = tiles > 1 ? kGroup : std::max<int64_t>(side_by_side, 1);
@@ -149,8 +150,8 @@ void linear_forward(const Linear& l, int64_t begin, int64_t end) {
     const int64_t column = panel * kPanel, width = group * kPanel;
     if (l.begin > 0) load_totals(l, row, rows, column, width, total);
     else if (depth == 0) std::fill(total, total + rows * width, 0.f);
-    for (int64_t k = 0; k < depth; k += chunk) {
-      const int64_t n = std::min(chunk, depth - k);
+    for (int64_t k = 0; k < depth; k += kChunk) {
+      const int64_t n = std::min(kChunk, depth - k);
       for (int64_t p = 0, step; p < group; p += step) {
         const bool widely = side_by_side > 0 && p + side_by_side <= group;
         step = widely ? side_by_side : 1;
@@ -158,8 +159,9 @@ void linear_forward(const Linear& l, int64_t begin, int64_t end) {
         if (l.panels) {
           w = l.panels + (panel + p) * panel_words + (words(l, l.begin) + k) * kPanel;
         } else {
-          const int64_t first = column + p * kPanel, at = l.begin + k * kChunk / chunk;
-          pack_strip(l.w, l.pairs, first, std::min(kPanel, l.N - first), kPanel, at, std::min(at + kChunk, l.end), packed);
+          const int64_t first = column + p * kPanel, from = l.begin + k * per_word;
+          const int64_t to = std::min(from + n * per_word, l.end);
+          pack_strip(l.w, l.pairs, first, std::min(kPanel, l.N - first), kPanel, from, to, packed);
         }
         const int64_t columns = widely ? step * kPanel : kNarrow * W;
         for (int64_t t = tile_begin; t < tile_end; ++t) {

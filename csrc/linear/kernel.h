@@ -1,18 +1,19 @@
 // y[m, n] = bias[n] + sum_k x[m, k] w[n, k]        x: [M, K]   w: [N, K]   bias: [N]   y: [M, N]
 //
-// A panel is the weight of 32 outputs, k first, in 32-bit words: a float32, or a pair of bfloat16 (the even k in the low
+// A panel is the weight of 32 outputs, k first, in 32-bit words: a float32, or a pair of bfloat16 (even k in the low
 // half).   panels: [ceil(N / 32), depth, 32], depth = K for float32 and ceil(K / 2) for pairs, padded with zeros
 // Rows of x are packed alike, in tiles of as many rows as a register tile holds.
 //
-// The sum over k runs in order (within a pair the odd one first, as vdpbf16ps has it), in chunks of 256 whose totals are
-// added in order. So a row of y has the same bits whatever M, the threads, and whether w was packed before or on the way.
+// The sum over k runs in order (in a pair the odd one first, as vdpbf16ps has it), in chunks of 256 words whose totals
+// are added in order. So a row of y has the same bits whatever M and the number of threads, and whether w was packed
+// before or on the way.
 #pragma once
 #include "view.h"
 
 namespace pyseq {
 
 constexpr int64_t kPanel = 32;    // outputs
-constexpr int64_t kChunk = 256;   // k
+constexpr int64_t kChunk = 256;   // words of k
 
 struct Matrix {   // element (i, k) at data + i row + k depth, in elements; row or depth is 1
   void* data = nullptr;
@@ -22,7 +23,7 @@ struct Matrix {   // element (i, k) at data + i row + k depth, in elements; row 
 
 struct Linear {
   int64_t M = 0, N = 0, K = 0;
-  int64_t begin = 0, end = 0;    // the k of this call; begin is a multiple of kChunk. Calls in order make a long sum.
+  int64_t begin = 0, end = 0;    // the k of this call; begin is a multiple of kChunk words
   Matrix x, w;                   // w.data null: the weight comes as panels
   const float* panels = nullptr;
   bool pairs = false;            // the words of panels, or of w packed on the way, are pairs: w is bfloat16

@@ -11,7 +11,7 @@ constexpr int64_t kStripAhead = 256;   // bytes by which a prefetch runs ahead: 
 
 // W words from p, of which n elements exist: zeros behind. A word is a float32 or, with kPairs, two bfloat16.
 template <bool kPairs, class T> inline vf words(const T* p, int64_t n) {
-  if constexpr (!kPairs) return n >= W ? load(p) : n > 0 ? load(p, n % W) : vf{};   // n % W: n, which g++ 12 cannot bound
+  if constexpr (!kPairs) return n > 0 ? load(p, n) : vf{};
   vf v{};
   if (n >= 2 * W) std::memcpy(&v, p, sizeof v);
   else if (n > 0) std::memcpy(&v, p, n * sizeof(T));
@@ -70,7 +70,8 @@ void transpose_strip(const T* data, int64_t stride, int64_t count, int64_t width
 }
 
 template <bool kPairs, class T>
-void pack_strip(const Matrix& a, int64_t first, int64_t count, int64_t width, int64_t begin, int64_t end, float* strip) {
+void pack_strip(const Matrix& a, int64_t first, int64_t count, int64_t width, int64_t begin, int64_t end,
+                float* strip) {
   const T* data = static_cast<const T*>(a.data) + first * a.row + begin * a.depth;
   if (a.depth == 1) transpose_strip<kPairs>(data, a.row, count, width, end - begin, strip);
   else copy_strip<kPairs>(data, a.depth, count, width, end - begin, strip);

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .. import reference
+from .. import _C, reference
 from .._library import _LIBRARIES, _TAGS, Kernel, define
 from ._check import Dims
 
@@ -48,6 +48,13 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes
+
+    def fits(self, x: object, bias: object = None) -> bool:
+        """Whether x and the bias are what a decoding step passes, in few enough comparisons for one."""
+        return (
+            isinstance(x, torch.Tensor) and x.dtype in _DATA and x.layout is torch.strided
+            and x.dim() > 0 and x.shape[-1] == self.in_features and x.device == self.panels.device and bias is None
+        )
 
     def unpack(self) -> torch.Tensor:
         """The weight [out, in], bit for bit."""
@@ -149,9 +156,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedLinear, bias: torch.Ten
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
     """
+    if not (isinstance(weight, PackedLinear) and weight.fits(x, bias)):
+        _check(x, weight, bias)
+    if x.dtype == torch.float64:
+        return reference.linear(x, weight, bias)
+    data = weight.panels if isinstance(weight, PackedLinear) else weight
+    if x.is_cuda:
+        return _on_cuda(x, data, bias)
+    return _OP.active.forward(x, data, bias, weight.shape[0])
+
+
+def _check(x: object, weight: object, bias: object) -> None:
     dims = Dims("linear")
     leading = _AXES[: max(x.dim() - 1, 0)] if isinstance(x, torch.Tensor) else ("...",)
     dims.match("x", x, (*leading, "in"))
+    assert isinstance(x, torch.Tensor)
     if isinstance(weight, PackedLinear):
         if weight.in_features != x.shape[-1]:
             came = f"packed from shape {list(weight.shape)}"
@@ -161,14 +180,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedLinear, bias: torch.Ten
         dims.fix("out", weight.out_features, "weight")
     else:
         dims.match("weight", weight, ("out", "in"), (*_DATA, torch.float64) if x.dtype == torch.float64 else _DATA)
+        assert isinstance(weight, torch.Tensor)
         _not_empty(dims, "weight", weight)
     dims.optional("bias", bias, ("out",))
-    if x.dtype == torch.float64:
-        return reference.linear(x, weight, bias)
-    data = weight.panels if isinstance(weight, PackedLinear) else weight
-    if x.is_cuda:
-        return _on_cuda(x, data, bias)
-    return _OP.active.forward(x, data, bias, dims["out"])
 
 
 def _not_empty(dims: Dims, name: str, weight: torch.Tensor) -> None:
@@ -183,5 +197,23 @@ def _on_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return y.to(x.dtype)
 
 
+def _notes(arguments: dict[str, Any]) -> list[str]:
+    x, weight, bias = arguments["x"], arguments["weight"], arguments.get("bias")
+    if x.is_cuda:
+        return []
+    plain = "weight is packed on the way, at each call: pyseq.pack_linear does it once"
+    notes = ["weight is packed" if isinstance(weight, PackedLinear) else plain]
+    dot = x.dtype == weight.dtype == torch.bfloat16 and _C.cpu_has_avx512_bf16
+    notes.append(f"products of {'pairs of bfloat16, by vdpbf16ps' if dot else 'float32'}; sums in float32")
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if rows > 1 and x.stride(-1) != 1 and x.flatten(0, -2).stride(0) != 1:
+        notes.append(f"x is copied first: its last axis has stride {x.stride(-1)}, not 1")
+    if bias is not None and bias.dtype != torch.float32:
+        notes.append(f"bias is {str(bias.dtype).removeprefix('torch.')}: read as float32, converted first")
+    return notes
+
+
 _OP.function = linear
 _OP.float32 = ("bias",)
+_OP.cublas = True
+_OP.notes = _notes

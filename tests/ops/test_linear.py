@@ -185,6 +185,17 @@ def test_infinities_and_nan_reach_their_own_outputs_only():
     assert torch.equal(y[rest], clean[rest])
 
 
+def test_explain_tells_how_the_weight_and_the_products_are_read():
+    x, weight, _ = drawn(3, 20, 30, torch.bfloat16, torch.bfloat16)
+    plain = pyseq.explain(pyseq.linear, x, weight)
+    packed = pyseq.explain(pyseq.linear, x.float(), pyseq.pack_linear(weight), torch.zeros(30, dtype=torch.float16))
+    assert plain.kernel == packed.kernel == f"cpu v{pyseq._C.cpu_level}"
+    assert "pack_linear does it once" in plain.notes[0] and packed.notes[0] == "weight is packed"
+    assert ("vdpbf16ps" in plain.notes[1]) == pyseq._C.cpu_has_avx512_bf16 and "of float32" in packed.notes[1]
+    assert packed.notes[2] == "bias is float16: read as float32, converted first"
+    assert pyseq.explain(pyseq.linear, torch.stack([x, x], 2)[..., 0], weight).notes[2].startswith("x is copied first")
+
+
 PACKED = pyseq.pack_linear(torch.ones(4, 3))
 
 

@@ -13,41 +13,50 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BUILD_TOOLS := "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.29" "ninja>=1.11"
 PYTEST := $(BIN)/python -m pytest
 
+ifndef V
+.SILENT:   # V=1 shows the commands
+endif
+
 .PHONY: help install demo test lint bench bench-quick bench-peers docs wheel check-abi check-compilers check-aarch64 \
         check-sanitizers check-symbols test-large clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
+	grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
 
 # ---- the environment: one stamp file per step, so that a second run has nothing to do -------------------------------
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "pyseq needs Python 3.10 or later")'
+	echo "making $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
 # The CPU build of torch where pip finds one (a mirror, a folder of wheels), else from PyTorch's own index.
 $(VENV)/.torch: $(VENV)/pyvenv.cfg
+	echo "installing $(if $(TORCH),$(TORCH),the CPU build of $(CPU_TORCH))"
 ifeq ($(TORCH),)
 	$(BIN)/pip install --quiet "$(CPU_TORCH)+cpu" 2>/dev/null || $(BIN)/pip install --quiet --index-url $(CPU_INDEX) $(CPU_TORCH)
 else
 	$(BIN)/pip install --quiet "$(TORCH)"
 endif
-	@touch $@
+	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch pyproject.toml
+	echo "installing what pyseq needs to build and run"
 	$(BIN)/pip install --quiet $(BUILD_TOOLS) $$($(BIN)/python scripts/requirements.py)
-	@touch $@
+	touch $@
 
 $(VENV)/.dev: $(VENV)/.tools pyproject.toml
+	echo "installing what its tests and documentation need"
 	$(BIN)/pip install --quiet $$($(BIN)/python scripts/requirements.py test docs)
-	@touch $@
+	touch $@
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f)
 install: $(VENV)/.installed  ## make .venv and install pyseq into it, editable
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	echo "building pyseq: three instruction sets$(if $(NVCC), and the CUDA kernels), a few minutes on two cores"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps \
 	  -Ccmake.define.PYSEQ_SIMT=$(SIMT) -e .
-	@touch $@
+	touch $@
 
 # ---- what a user runs ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ endif
         check-sanitizers check-symbols test-large clean
 
 help:  ## this list
-	grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
+	grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
 
 # ---- the environment: one stamp file per step, so that a second run has nothing to do -------------------------------
 

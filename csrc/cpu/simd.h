@@ -380,8 +380,21 @@ inline vf softplus(vf v, vf& derivative) {
   return at_least(v, 0.f) + log1p_unit(e);
 }
 inline vf softplus(vf v) { vf unused; return softplus(v, unused); }
-inline vf sigmoid(vf v) { return 1.f / (1.f + exp(-v)); }
-inline vf silu(vf v) { return v * sigmoid(v); }
+
+// 1 + e^-v: exp() with its argument mirrored, q = v + whole ln 2, which saves the negation.
+inline vf one_plus_exp_minus(vf v) {
+  v = at_most(at_least(v, -89.f), 104.f);
+  const vf whole = nearest(v * -kLog2e);
+  const vf q = fma(whole, 1.42860677e-6f, fma(whole, 0.693145752f, v));
+  vf p = splat(-8.290306665e-03f);
+  p = fma(p, q, splat(4.189793766e-02f));
+  p = fma(p, q, splat(-1.666763574e-01f));
+  p = fma(p, q, splat(4.999915063e-01f));
+  p = fma(p, q, splat(-9.999997020e-01f));
+  return scale(fma(p, q, splat(1.f)), whole) + 1.f;
+}
+inline vf sigmoid(vf v) { return 1.f / one_plus_exp_minus(v); }
+inline vf silu(vf v) { return v / one_plus_exp_minus(v); }
 inline vf silu_grad(vf v) { const vf s = sigmoid(v); return s * fma(v, 1.f - s, splat(1.f)); }
 
 }  // namespace pyseq::PYSEQ_ISA

@@ -3,8 +3,8 @@
 //   a[t] = bias + sum over k of weight[k] x[t - (W-1) + k]          k = 0 .. W-1; the last tap meets the current sample
 //   y[t] = a[t], or silu(a[t])
 //
-// The W-1 samples before a sequence's first are its state, oldest first (zeros without one); the state it leaves is its last
-// W-1 samples. Backward, given dy and dnew_state; a is computed again rather than stored:
+// The W-1 samples before a sequence's first are its state, oldest first (zeros without one); the state it leaves is its
+// last W-1 samples. Backward, given dy and dnew_state; a is computed again rather than stored:
 //
 //   e[t] = dy[t], or dy[t] silu'(a[t])        dx[j] = sum over k of weight[k] e[j + (W-1) - k]
 //   dweight[k] = sum over t of e[t] x[t - (W-1) + k]        dbias = sum over t of e[t]
@@ -52,8 +52,9 @@ struct CausalConv1dStep {
   const float* bias;           // [D] or null
 };
 
-// Ranges of units. forward, backward, backward_e, backward_wide: runs x channel blocks, the blocks innermost; backward_sum:
-// channel blocks; step: batch rows. W > 4 takes backward_e and backward_wide in turn instead of backward; _sum comes last.
+// Ranges of units. forward, backward, backward_e, backward_wide: runs x channel blocks, the blocks innermost;
+// backward_sum: channel blocks; step: batch rows. W > 4 takes backward_e, then backward_wide, instead of backward;
+// backward_sum comes last.
 namespace v2 {
 void causal_conv1d_forward(const CausalConv1d&, int64_t begin, int64_t end);
 void causal_conv1d_backward(const CausalConv1dBackward&, int64_t begin, int64_t end);

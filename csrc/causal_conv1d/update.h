@@ -1,4 +1,5 @@
-// What forward, backward and step share: one token of one vector of channels, hence their equal bits, and the walk over sequences.
+// What forward, backward and step share: one token of one vector of channels, hence their equal bits; and the walk over
+// sequences.
 #pragma once
 #include "causal_conv1d/kernel.h"
 #include "cpu/simd.h"
@@ -7,7 +8,7 @@ namespace pyseq::PYSEQ_ISA {
 
 // bias first, then the taps from the oldest sample to the newest.
 template <int width>
-inline vf convolve(const vf (&weight)[width], const vf (&window)[width], vf a) {
+inline vf convolve(const vf (&weight)[width], const vf* window, vf a) {
   for (int k = 0; k < width; ++k) a = fma(weight[k], window[k], a);
   return a;
 }
@@ -64,8 +65,8 @@ inline void store_dx(const CausalConv1dBackward& g, const Sequence& s, int64_t j
   else if (g.dstate) scatter(g.dstate + s.in_state(c, j, d), c.W - 1, dx, n);
 }
 
-// f(sequence, begin, end) for every piece of a sequence that run number `run` holds. The end of a sequence is in exactly one
-// run, that of an empty sequence too.
+// f(sequence, begin, end) for every piece of a sequence that run number `run` holds. The end of a sequence is in
+// exactly one run, that of an empty sequence too.
 template <class F>
 inline void each_piece(const CausalConv1d& c, int64_t run, F f) {
   const auto first_row = [&](int64_t s) { return c.cu_seqlens ? c.cu_seqlens[s] : s * c.T; };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -75,7 +76,8 @@ def bench(
             }
         )
         return
-    table = Table("op", "work", "median ms", "best ms", "GB/s", caption=f"memory here reads {read:.0f} GB/s")
+    caption = f"memory here reads {read:.0f} GB/s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    table = Table("op", "work", "median ms", "best ms", "GB/s", caption=caption)
     for column in table.columns[2:]:
         column.justify = "right"
     for t in timings:

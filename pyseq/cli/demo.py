@@ -30,7 +30,7 @@ def demo(
     """
     use_threads(threads)
     from pyseq.models import from_pretrained
-    from pyseq.train import PRESETS, Settings, resume, train
+    from pyseq.train import Settings, preset, resume, train
     from pyseq.train.chart import as_text
     from pyseq.train.checkpoint import checkpoints
 
@@ -44,7 +44,7 @@ def demo(
             result = resume(out, bars)
         else:
             chosen = {"data": tuple(data or ()), "time_limit": seconds(time_limit)}
-            result = train(Settings(**{**PRESETS["demo"], **chosen}), out, bars)
+            result = train(Settings(**{**preset("demo"), **chosen}), out, bars)
     if result.stopped_by is not None:
         messages().print(f"stopped at step {result.step} of {result.steps}; the same command goes on from there")
         raise typer.Exit(128 + result.stopped_by)

@@ -76,7 +76,13 @@ def train(
     ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.", rich_help_panel=OPTIMIZER)] = None,
     bf16: Annotated[
-        bool | None, typer.Option("--bf16", help="Matrix products in bfloat16.", rich_help_panel=OPTIMIZER)
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16",
+            help="Matrix products in bfloat16.",
+            show_default="where the CPU has instructions for it",
+            rich_help_panel=OPTIMIZER,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -123,6 +129,7 @@ def train(
         raise typer.BadParameter(f"goes on with the settings of the run: leave out {extra}", param_hint="--resume")
     use_threads(threads)
     from pyseq.train import PRESETS, Settings
+    from pyseq.train import preset as values_of
     from pyseq.train import resume as resume_run
     from pyseq.train import train as start_run
 
@@ -135,7 +142,7 @@ def train(
         if resume:
             result = resume_run(resume, bars)
         else:
-            result = start_run(Settings(**merged(PRESETS[preset], given)), out or Path("runs/train"), bars)
+            result = start_run(Settings(**merged(values_of(preset), given)), out or Path("runs/train"), bars)
     report(result, json)
     if result.stopped_by is not None:
         messages().print(

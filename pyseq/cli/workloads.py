@@ -96,7 +96,7 @@ def linear(dtype: torch.dtype, device: str) -> list[Work]:
             with torch.no_grad():
                 return pyseq.linear(x, packed)
 
-        return Work(f"{rows} rows", call, tensor_bytes((x, weight, call())))
+        return Work(f"{rows} row{'s' * (rows > 1)}", call, tensor_bytes((x, weight, call())))
 
     return [work(rows) for rows in (1, 8, T)]
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pyseq import _C
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -86,7 +88,7 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
         raise ValueError(f"{name} = {value}: expected {expected}")
 
 
-# Sized for two CPU cores. Every value can be overridden on the command line.
+# Sized for two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "time_limit": 120.0,
@@ -99,3 +101,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"time_limit": 1800.0, "d_model": 256, "layers": 6, "batch": 16, "length": 512, "learning_rate": 3e-3},
     "medium": {"time_limit": 21600.0, "d_model": 512, "layers": 8, "batch": 16, "length": 1024, "learning_rate": 2e-3},
 }
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The values of a preset for this machine: bfloat16 products where the CPU has instructions for them."""
+    return {**PRESETS[name], "bf16": bool(_C.cpu_has_avx512_bf16)}

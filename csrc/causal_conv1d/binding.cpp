@@ -99,6 +99,10 @@ Gradients backward(const Tensor& dy_, const OptionalTensor& dnew_state_, const T
 }
 
 Tensor step(const Tensor& state_, const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, bool silu) {
+  STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2, "x is not [B, D] or weight is not [D, W]");
+  expect_sizes("weight", weight_, {x_.size(1), weight_.size(1)});
+  expect_sizes("bias", bias_, {x_.size(1)});
+  expect_sizes("state", state_, {x_.size(0), x_.size(1), weight_.size(1) - 1});
   const Tensor x = rows_contiguous(x_), weight = as_float32(weight_), state = rows_contiguous(state_);
   const OptionalTensor bias = as_float32(bias_);
   const Tensor y = new_tensor_like(x, x.scalar_type());

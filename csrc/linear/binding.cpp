@@ -101,6 +101,16 @@ Tensor pack(const Tensor& weight) {
 Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features) {
   const Rows in(x);
   const bool packed = weight.dim() != 2;
+  const int64_t K = x.size(-1), panels = (out_features + kPanel - 1) / kPanel;
+  if (!packed) {
+    expect_sizes("weight", weight, {out_features, K});
+  } else if (weight.scalar_type() == ScalarType::BFloat16) {
+    expect_sizes("weight", weight, {panels, (K + 1) / 2, kPanel, 2});
+  } else {
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "a packed weight is float32 or bfloat16");
+    expect_sizes("weight", weight, {panels, K, kPanel});
+  }
+  expect_sizes("bias", bias, {out_features});
   const OptionalTensor b = as_float32(bias);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;

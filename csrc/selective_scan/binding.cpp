@@ -172,7 +172,7 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
   s.dbias_rows = dt_bias ? floats(dbias_rows) : nullptr;
   s.dBC_blocks = floats(shared);
   run(s, u, s.batch * s.groups * blocks(s), backward_scratch(s), 30000, PYSEQ_DISPATCH(selective_scan_backward));
-  const int64_t grain = 1 + 40000 / (blocks(s) * s.groups * s.states);
+  const int64_t grain = 1 + 40000 / (blocks(s) * s.groups * s.states + 1);
   parallel(s.batch * s.time, grain, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(selective_scan_reduce_tokens)(s, b, e); });
   if (rows) {
     const int64_t channels = 1 + 40000 / (s.batch * s.states + 1);
@@ -183,13 +183,24 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
 
 Tensor step(const Tensor& state, const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
             const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus) {
+  STD_TORCH_CHECK(u.dim() == 2 && A.dim() == 2, "u is not [B, D] or A is not [D, N]");
+  const int64_t batch = u.size(0), dim = u.size(1), states = A.size(1), groups = B.dim() == 3 ? B.size(1) : 1;
+  const std::initializer_list<int64_t> rows = {batch, dim}, shared = {batch, states}, grouped = {batch, groups, states};
+  expect_sizes("state", state, {batch, dim, states});
+  expect_sizes("dt", dt, rows);
+  expect_sizes("A", A, {dim, states});
+  expect_sizes("B", B, B.dim() == 3 ? grouped : shared);
+  expect_sizes("C", C, C.dim() == 3 ? grouped : shared);
+  expect_sizes("D", D, {dim});
+  expect_sizes("z", z, rows);
+  expect_sizes("dt_bias", dt_bias, {dim});
+  STD_TORCH_CHECK(groups > 0 && dim % groups == 0, "the groups of B do not divide the channels");
   Tensor h = rows_contiguous(state);
   const Tensor u_rows = rows_contiguous(u), dt_rows = rows_contiguous(dt);
   const Tensor B_rows = rows_contiguous(B), C_rows = rows_contiguous(C);
   const Tensor A_f = as_float32(A), y = new_tensor_like(u, u.scalar_type());
   const OptionalTensor D_f = as_float32(D), z_rows = rows_contiguous(z), bias_f = as_float32(dt_bias);
-  const int64_t groups = B.dim() == 3 ? B.size(1) : 1;
-  const SelectiveScanStep s{u.size(0), u.size(1), A.size(1), groups, view(h), view(u_rows), view(dt_rows), view(z_rows),
+  const SelectiveScanStep s{batch, dim, states, groups, view(h), view(u_rows), view(dt_rows), view(z_rows),
                             view(y), shared_view(B_rows, true), shared_view(C_rows, true), floats(A_f), floats(D_f),
                             floats(bias_f), dt_softplus};
   const int64_t units = s.batch * PYSEQ_DISPATCH(selective_scan_tiles)(s.dim, s.groups);

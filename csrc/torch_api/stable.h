@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -50,6 +51,16 @@ inline View view(const Tensor& t) {
   return v;
 }
 inline View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
+
+// The public functions name what is wrong. Loops that call a kernel without them still cannot read out of bounds.
+inline void expect_sizes(const char* argument, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool equal = t.dim() == int64_t(sizes.size());
+  for (int64_t i = 0; equal && i < t.dim(); ++i) equal = t.size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(equal, argument, " does not have the shape that the other arguments ask for");
+}
+inline void expect_sizes(const char* argument, const OptionalTensor& t, std::initializer_list<int64_t> sizes) {
+  if (t) expect_sizes(argument, *t, sizes);
+}
 
 // Uninitialised and contiguous, on the device of `like`. One C call: the dispatcher would look the operator up by name.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {

@@ -29,6 +29,12 @@ class PackedLinear:
     """
 
     def __init__(self, panels: torch.Tensor, out_features: int, in_features: int) -> None:
+        expected = _panels_shape(panels.dtype, out_features, in_features)
+        if panels.dtype not in _PACKABLE or panels.shape != expected:
+            raise ValueError(
+                f"PackedLinear: panels has shape {list(panels.shape)} and dtype {panels.dtype}, expected "
+                f"{list(expected)} of float32 or bfloat16, as pack_linear makes them"
+            )
         self.panels = panels
         self.out_features = out_features
         self.in_features = in_features
@@ -70,10 +76,15 @@ def _unpack(panels: torch.Tensor, out_features: int, in_features: int) -> torch.
     return weight.flatten(0, 1)[:out_features, :in_features].contiguous()
 
 
+def _panels_shape(dtype: torch.dtype, out_features: int, in_features: int) -> tuple[int, ...]:
+    panels = -(-out_features // _PANEL)
+    if dtype == torch.bfloat16:
+        return panels, -(-in_features // 2), _PANEL, 2
+    return panels, in_features, _PANEL
+
+
 def _pack_fake(weight):
-    panels, width = -(-weight.shape[0] // _PANEL), weight.shape[1]
-    pairs = weight.dtype == torch.bfloat16
-    return weight.new_empty((panels, -(-width // 2), _PANEL, 2) if pairs else (panels, width, _PANEL))
+    return weight.new_empty(_panels_shape(weight.dtype, *weight.shape))
 
 
 _LIBRARIES["pyseq"].define("linear_pack(Tensor weight) -> Tensor", tags=_TAGS)

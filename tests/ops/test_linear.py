@@ -196,6 +196,17 @@ def test_explain_tells_how_the_weight_and_the_products_are_read():
     assert pyseq.explain(pyseq.linear, torch.stack([x, x], 2)[..., 0], weight).notes[2].startswith("x is copied first")
 
 
+def test_panels_of_another_shape_or_dtype_are_refused():
+    x, packed = torch.ones(2, 300), pyseq.pack_linear(torch.randn(70, 300))
+    for panels in (torch.zeros(1), packed.panels[:2], packed.panels.bfloat16(), packed.panels.half()):
+        with pytest.raises(ValueError, match="PackedLinear: panels has shape"):
+            pyseq.PackedLinear(panels, 70, 300)
+        changed = pyseq.pack_linear(torch.randn(70, 300))
+        changed.panels = panels
+        with pytest.raises(RuntimeError, match="weight"):
+            pyseq.linear(x, changed)
+
+
 PACKED = pyseq.pack_linear(torch.ones(4, 3))
 
 

@@ -84,6 +84,19 @@ def test_huge_and_tiny_steps(dt):
     check(arguments)
 
 
+@pytest.mark.parametrize(("batch", "time", "dim"), [(0, 5, 3), (2, 0, 3), (1, 70, 0), (2, 5, 0), (0, 0, 0)])
+def test_an_axis_of_size_zero_runs_forward_and_backward(batch, time, dim):
+    arguments = drawn(batch, time, dim)
+    outputs, grads = gradients(pyseq.selective_scan, prepare(arguments, "cpu", requires_grad=True))
+    exact_outputs, exact_grads = exact(arguments)
+    for a, b in zip((*outputs, *grads.values()), (*exact_outputs, *exact_grads.values()), strict=True):
+        assert a.shape == b.shape and torch.equal(a.double(), b)
+    rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C", "z")} if time else {}
+    if rows:
+        y = pyseq.selective_scan_step(arguments["state"], A=arguments["A"], **rows)
+        assert y.shape == (batch, dim)
+
+
 def test_decay_to_nothing_and_none_at_all():
     arguments = drawn(1, 70, 4, 4)
     arguments["A"] = torch.tensor([-1e4, -100.0, -1e-6, 0.0]).repeat(4, 1)

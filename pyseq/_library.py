@@ -109,6 +109,13 @@ def _differentiable(op: str, overload: Callable, save: Callable, gradient: Calla
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise _no_forward_mode(op)
 
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+            raise RuntimeError(
+                f"pyseq.{op} cannot be vmapped: its arguments have a batch axis of their own. "
+                f"pyseq.reference.{op} is plain PyTorch and can."
+            )
+
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             if torch._C._are_functorch_transforms_active():

@@ -106,6 +106,16 @@ def test_forward_mode_raises_and_names_the_reference(op, sample):
         torch.func.jvp(lambda t: op.function(**(arguments | {name: t})), (leaf,), (torch.ones_like(leaf),))
 
 
+@pytest.mark.parametrize(("op", "sample"), ONE_EACH)
+def test_vmap_raises_and_names_the_reference(op, sample):
+    arguments = drawn(op, sample)
+    name, leaf = next(iter(testing.differentiable(arguments).items()))
+    with pytest.raises(RuntimeError, match=f"pyseq.reference.{op.name}"):
+        torch.vmap(lambda t: op.function(**(arguments | {name: t})))(leaf[None])
+    mapped = torch.vmap(lambda t: testing.reference_of(op)(**(arguments | {name: t})))(leaf[None])
+    assert as_tuple(mapped)[0].shape[1:] == as_tuple(op.function(**arguments))[0].shape
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_namespace_has_the_same_schema(op):
     for kind in op.kinds:

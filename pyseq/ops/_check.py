@@ -67,26 +67,34 @@ class Dims:
         if t is not None:
             self.match(name, t, letters, dtypes)
 
+    def in_place(self, name: str, t: torch.Tensor) -> None:
+        """A tensor that is written to: no two elements may share memory."""
+        if any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True)):
+            raise self.fail(name, f"expanded, with strides {t.stride()}", "memory of its own for every element")
+
+    def flag(self, name: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.op}: {name} is {type(value).__name__}, expected True or False")
+
     def fail(self, name: str, came: object, expected: str) -> ValueError:
         return ValueError(f"{self.op}: {name} is {came}, expected {expected}")
 
 
-def check_cu_seqlens(op: str, cu_seqlens: object, batch: int, time: int) -> int:
-    """The number S of packed sequences. Values are read only in eager mode and on a CPU."""
-    if not isinstance(cu_seqlens, torch.Tensor):
-        raise TypeError(f"{op}: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 or int64 tensor [S + 1]")
-    if cu_seqlens.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected [S + 1] with S >= 1")
-    if batch != 1:
-        raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, but B is {batch}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu_seqlens) is torch.Tensor:
+def check_cu_seqlens(dims: Dims, cu_seqlens: object) -> None:
+    """Fixes S, the number of packed sequences. Values are read only in eager mode and on a CPU."""
+    dims.match("cu_seqlens", cu_seqlens, ("S + 1",), _INTEGERS)
+    assert isinstance(cu_seqlens, torch.Tensor)
+    if dims["S + 1"] < 2:
+        raise dims.fail("cu_seqlens", f"of length {dims['S + 1']}", "[S + 1] with S >= 1")
+    if dims["B"] != 1:
+        raise ValueError(f"{dims.op}: cu_seqlens packs sequences into a batch of 1, but B is {dims['B']}")
+    plain = type(cu_seqlens) in (torch.Tensor, torch.nn.Parameter)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and plain:
         values = cu_seqlens.tolist()
         ordered = all(a <= b for a, b in pairwise(values))
-        if values[0] != 0 or values[-1] != time or not ordered:
-            raise ValueError(f"{op}: cu_seqlens is {_short(values)}, expected 0 to T = {time}, non-decreasing")
-    return cu_seqlens.shape[0] - 1
+        if values[0] != 0 or values[-1] != dims["T"] or not ordered:
+            raise dims.fail("cu_seqlens", _short(values), f"0 to T = {dims['T']}, non-decreasing")
+    dims.fix("S", dims["S + 1"] - 1, "cu_seqlens")
 
 
 def _short(values: list[int]) -> str:

@@ -112,8 +112,9 @@ def causal_conv1d(
     _check(dims, x, "BTD", weight, bias, activation)
     dims.fix("S", dims["B"], "x")
     if cu_seqlens is not None:
-        dims.fix("S", check_cu_seqlens("causal_conv1d", cu_seqlens, dims["B"], dims["T"]), "cu_seqlens")
+        check_cu_seqlens(dims, cu_seqlens)
     dims.optional("state", state, ("S", "D", "W-1"), (torch.float32, torch.float64))
+    dims.flag("return_state", return_state)
     if is_float64(x, state):
         return reference.causal_conv1d(
             x, weight, bias, activation=activation, state=state, cu_seqlens=cu_seqlens, return_state=return_state
@@ -149,8 +150,7 @@ def causal_conv1d_step(
     dims = Dims("causal_conv1d_step")
     _check(dims, x, "BD", weight, bias, activation)
     dims.match("state", state, ("B", "D", "W-1"), (torch.float32, torch.bfloat16, torch.float64))
-    if 0 in state.stride() and any(n > 1 and step == 0 for n, step in zip(state.shape, state.stride(), strict=True)):
-        raise dims.fail("state", f"expanded, with strides {state.stride()}", "memory of its own for every element")
+    dims.in_place("state", state)
     refuse_gradient("causal_conv1d_step", (state, x, weight, bias))
     if is_float64(x, state):
         return reference.causal_conv1d_step(state, x, weight, bias, activation=activation)

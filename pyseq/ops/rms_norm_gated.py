@@ -119,8 +119,11 @@ def rms_norm_gated(
         raise TypeError(f"rms_norm_gated: group_size is {type(group).__name__}, expected an int or None")
     if group < 1 or dim % group:
         raise dims.fail("group_size", group, f"a divisor of D = {dim}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"rms_norm_gated: eps is {type(eps).__name__}, expected a float")
     if not eps >= 0:
         raise dims.fail("eps", eps, "a number >= 0")
+    dims.flag("norm_before_gate", norm_before_gate)
     if is_float64(x, z, residual):
         return reference.rms_norm_gated(
             x, weight, z, residual=residual, eps=eps, group_size=group, norm_before_gate=norm_before_gate

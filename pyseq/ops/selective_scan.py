@@ -142,10 +142,12 @@ def selective_scan(
     """
     dims = _match("selective_scan", "T", u, dt, A, B, C, D, z, dt_bias)
     if cu_seqlens is not None:
-        dims.fix("S", check_cu_seqlens("selective_scan", cu_seqlens, dims["B"], dims["T"]), "cu_seqlens")
+        check_cu_seqlens(dims, cu_seqlens)
     double = is_float64(u, dt, B, C, z)
     widths = (torch.float32, torch.float64) if double else (torch.float32,)
     dims.optional("state", state, "BDN" if cu_seqlens is None else "SDN", widths)
+    dims.flag("dt_softplus", dt_softplus)
+    dims.flag("return_state", return_state)
     if double:
         return reference.selective_scan(
             u, dt, A, B, C, D, z, dt_bias,
@@ -187,6 +189,8 @@ def selective_scan_step(
     dims = _match("selective_scan_step", "", u, dt, A, B, C, D, z, dt_bias)
     double = is_float64(u, dt, B, C, z)
     dims.match("state", state, "BDN", (torch.float64,) if double else (torch.float32, torch.bfloat16))
+    dims.in_place("state", state)
+    dims.flag("dt_softplus", dt_softplus)
     refuse_gradient("selective_scan_step", (state, u, dt, A, B, C, D, z, dt_bias))
     if double:
         return reference.selective_scan_step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus)

@@ -42,6 +42,9 @@ def test_the_sum_is_float32_and_its_gradient_counts():
     ({"group_size": 2.0}, TypeError, "group_size is float"),
     ({"group_size": 0}, ValueError, "group_size is 0"),
     ({"eps": -1.0}, ValueError, "eps is -1.0"),
+    ({"eps": "small"}, TypeError, "eps is str, expected a float"),
+    ({"eps": None}, TypeError, "eps is NoneType"),
+    ({"norm_before_gate": 1}, TypeError, "norm_before_gate is int, expected True or False"),
     ({"eps": float("nan")}, ValueError, "eps is nan"),
     ({"weight": torch.zeros(8, device="meta")}, ValueError, "weight is on device meta"),
 ])

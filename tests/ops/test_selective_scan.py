@@ -239,6 +239,8 @@ def test_explain_names_the_kernel_and_the_copies():
     ({"dt_bias": torch.zeros(1)}, ValueError, "dt_bias has shape"),
     ({"state": torch.zeros(2, 7, 4)}, ValueError, "state has shape"),
     ({"state": torch.zeros(2, 7, 3, dtype=torch.bfloat16)}, TypeError, "state has dtype bfloat16, expected float32"),
+    ({"dt_softplus": None}, TypeError, "dt_softplus is NoneType, expected True or False"),
+    ({"return_state": 1}, TypeError, "return_state is int"),
     ({"dt": torch.zeros(2, 5, 7, device="meta")}, ValueError, "dt is on device meta"),
     ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens packs sequences into a batch of 1, but B is 2"),
 ])
@@ -262,8 +264,12 @@ def test_wrong_offsets_are_named(ends, error, message):
 def test_a_step_names_its_state():
     arguments = drawn(1, 1, 4, 4)
     rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C")}
-    for state, error in ((torch.zeros(1, 4, 3), ValueError), (torch.zeros(1, 4, 4, dtype=torch.float16), TypeError)):
-        with pytest.raises(error, match="selective_scan_step: state has"):
+    expanded = torch.zeros(1, 4, 1).expand(1, 4, 4)   # every write would land on its neighbours
+    for state, error in (
+        (torch.zeros(1, 4, 3), ValueError), (expanded, ValueError),
+        (torch.zeros(1, 4, 4, dtype=torch.float16), TypeError),
+    ):
+        with pytest.raises(error, match=r"selective_scan_step: state (has|is expanded)"):
             pyseq.selective_scan_step(state, A=arguments["A"], **rows)
 
 

@@ -1,8 +1,8 @@
 """linear against torch's F.linear and the packed path of oneDNN inside torch; decoding beside a bandwidth probe.
 
 Roofline: at one row the weight is read once, out x in x 4 bytes (2 for bfloat16), at memory bandwidth, which a probe
-measures just before and after each sample; a weight under the size of the last cache comes faster. Many rows are bound by
-multiplications: 2 rows x in x out flop; the bound shown is that of float32, bfloat16 products are twice as fast.
+measures just before and after each sample; a weight under the size of the last cache comes faster. Many rows are bound
+by multiplications: 2 rows x in x out flop; the bound shown is that of float32, bfloat16 products are twice as fast.
 """
 
 import pytest

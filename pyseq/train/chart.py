@@ -81,5 +81,5 @@ def as_text(curve: Curve, width: int = 64, height: int = 12) -> str:
         label = f"{top * (1 - i / (height - 1)):5.2f}" if i % 3 == 0 or i == height - 1 else " " * 5
         lines.append(f"{label} ┤" + "".join(chr(0x2800 + cell) if cell else " " for cell in row))
     lines.append(" " * 6 + "└" + "─" * width)
-    lines.append(" " * 7 + "0" + f"{right / 1e6:.1f} MB read".rjust(width - 1))
+    lines.append(" " * 7 + "0" + f"{right / 1e6:.2g} MB read".rjust(width - 1))
     return "\n".join(lines)

@@ -90,14 +90,7 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
 
 # Sized for two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "time_limit": 120.0,
-        "d_model": 128,
-        "layers": 3,
-        "batch": 8,
-        "length": 256,
-        "learning_rate": 5e-3,
-    },
+    "demo": {"time_limit": 120.0, "d_model": 192, "layers": 3, "batch": 4, "length": 256, "learning_rate": 6e-3},
     "small": {"time_limit": 1800.0, "d_model": 256, "layers": 6, "batch": 16, "length": 512, "learning_rate": 3e-3},
     "medium": {"time_limit": 21600.0, "d_model": 512, "layers": 8, "batch": 16, "length": 1024, "learning_rate": 2e-3},
 }

@@ -80,7 +80,10 @@ pyseq.rms_norm_gated(x, torch.ones(8)).sum().backward()
 print(f"torch {torch.__version__}, which has all {len(sys.argv) - 1} functions it asks for")
 PY
   ) || fail "torch $release: pyseq does not import, or a stand-in for a library was called"
-  result=$(PYTHON=$venv/bin/python tests "$site" "$ROOT/tests/ops" -k rms_norm_gated | tee "$venv.log" | tail -1) ||
+  # torch 2.14's fake tensors read the gradient of a tensor that is no leaf. torch hides its warning of that with a filter,
+  # which does not hold where warnings are errors, as in these tests.
+  result=$(PYTHON=$venv/bin/python tests "$site" "$ROOT/tests/ops" -k rms_norm_gated \
+    -W "ignore:The .grad attribute of a Tensor that is not a leaf" | tee "$venv.log" | tail -1) ||
     { tail -40 "$venv.log"; fail "torch $release: $result"; }
   say "built with torch $here, run in $loaded: rms_norm_gated: $result"
 done

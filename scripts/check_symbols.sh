@@ -33,7 +33,7 @@ needed=$(readelf -d "$module" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p')
 say "needs: $(tr '\n' ' ' <<<"$needed")(no OpenMP runtime; no -fopenmp)"
 
 # The C++ library's own templates are exported wherever they are instantiated; nothing of ours may be.
-exported=$(nm -D --defined-only "$module" | awk '{print $NF}' | awk '!/^_Z(T[ISV])?N?K?St/ || /pyseq|torch|pybind11/' |
+exported=$(nm -D --defined-only "$module" | awk '{print $NF}' | awk '!/^_ZZ?(T[ISV])?N?K?St/ || /pyseq|torch|pybind11/' |
   grep -vE '^(__bss_start|_edata|_end)$' || true)
 [[ $exported == PyInit__C ]] || fail "exports more than PyInit__C:"$'\n'"$(c++filt <<<"$exported")"
 say "exports: $exported, and instantiations of std's templates"

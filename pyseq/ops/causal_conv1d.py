@@ -83,8 +83,6 @@ def causal_conv1d(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Causal depthwise convolution along time, with the SiLU behind it fused in.
 
-    .. code-block:: text
-
         a[t] = bias + sum over k of weight[k] x[t - (W-1) + k]      k = 0 .. W-1
         y[t] = a[t], or silu(a[t])
 

@@ -78,8 +78,6 @@ def rms_norm_gated(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Root-mean-square norm, with the gate of Mamba-2 and the residual of a pre-norm block fused in.
 
-    .. code-block:: text
-
         s = x + residual                            s = x where no residual is given
         y = w v / sqrt(mean(v^2) + eps)             v = s silu(z); v = s where no z is given
         y = w s / sqrt(mean(s^2) + eps) silu(z)     with norm_before_gate

@@ -110,8 +110,6 @@ def selective_scan(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""The selective scan of Mamba, with softplus, bias, skip and gate fused in.
 
-    .. code-block:: text
-
         delta = dt + dt_bias                        softplus(dt + dt_bias) with dt_softplus
         h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
         y[t] = <C[t], h[t]> + D u[t]                times silu(z[t]) where a gate is given

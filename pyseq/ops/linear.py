@@ -150,7 +150,7 @@ def pack_linear(weight: torch.Tensor) -> PackedLinear:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
-    r"""Linear layer, :math:`y = x W^T + b`: the result of `torch.nn.functional.linear`.
+    r"""y = x W^T + b, the result of `torch.nn.functional.linear`.
 
     Products and sums are float32, with one rounding at the store. The bits of a row of y depend on that row of x alone:
     not on the other rows, the threads, or whether the weight is packed.

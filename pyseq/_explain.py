@@ -49,7 +49,7 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _kernel(op: Op, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
-    double = [n for n, t in tensors.items() if t.dtype == torch.float64 and n not in op.float32]
+    double = [n for n, t in tensors.items() if t.dtype == torch.float64 and n not in (*op.float32, "state")]
     if double:
         return "reference", f"{double[0]} is float64, and only the reference computes in float64"
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")

@@ -111,9 +111,11 @@ def causal_conv1d(
     dims.fix("S", dims["B"], "x")
     if cu_seqlens is not None:
         check_cu_seqlens(dims, cu_seqlens)
-    dims.optional("state", state, ("S", "D", "W-1"), (torch.float32, torch.float64))
+    double = is_float64(x)
+    widths = (torch.float32, torch.float64) if double else (torch.float32,)
+    dims.optional("state", state, ("S", "D", "W-1"), widths)
     dims.flag("return_state", return_state)
-    if is_float64(x, state):
+    if double:
         return reference.causal_conv1d(
             x, weight, bias, activation=activation, state=state, cu_seqlens=cu_seqlens, return_state=return_state
         )
@@ -147,10 +149,12 @@ def causal_conv1d_step(
     """
     dims = Dims("causal_conv1d_step")
     _check(dims, x, "BD", weight, bias, activation)
-    dims.match("state", state, ("B", "D", "W-1"), (torch.float32, torch.bfloat16, torch.float64))
+    double = is_float64(x)
+    widths = (torch.float64,) if double else (torch.float32, torch.bfloat16)
+    dims.match("state", state, ("B", "D", "W-1"), widths)
     dims.in_place("state", state)
     refuse_gradient("causal_conv1d_step", (state, x, weight, bias))
-    if is_float64(x, state):
+    if double:
         return reference.causal_conv1d_step(state, x, weight, bias, activation=activation)
     return _OP.active.step(state, x, weight, bias, activation is not None)
 

@@ -109,3 +109,19 @@ def test_a_step_with_grad_mode_on_is_refused(op):
         op.step(state, **token, **options)
     with torch.no_grad():
         op.step(state, **token, **options)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "step" in op.kinds], ids=lambda op: op.name)
+def test_a_float64_state_needs_float64_data(op):
+    """No call is sent to the reference, which is slow, by the dtype of its state."""
+    sample = next(s for s in samples(op.name) if s.small and s.draw()[op.time[0]].shape[1] > 0)
+    arguments = arguments_of(op, sample) | {"return_state": True}
+    arguments.pop("cu_seqlens", None)
+    with torch.no_grad():
+        _, state = op.function(**(arguments | {"state": None}))
+        with pytest.raises(TypeError, match=f"^{op.name}: state has dtype float64"):
+            op.function(**(arguments | {"state": state.double()}))
+        options = {n: v for n, v in arguments.items() if n not in (*op.time, "state", "return_state")}
+        token = {n: arguments[n][:, 0] for n in op.time if arguments.get(n) is not None}
+        with pytest.raises(TypeError, match=f"^{op.name}_step: state has dtype float64"):
+            op.step(state.double(), **token, **options)

@@ -69,13 +69,18 @@ class TrainingBars(Watcher):
             bits = record["held_out_bits_per_byte"]
             self._held_out = f"  held-out {bits:.3f}"
             self.progress.console.print(f"step {record['step']}: held-out text {bits:.3f} bits per byte")
+            self._show()
             return
         # One step is noisy: show means over about the last ten.
         share = 0.1 if self._speed else 1.0
         self._loss += share * (record["loss"] - self._loss)
         self._bits += share * (record["bits_per_byte"] - self._bits)
         self._speed += share * (record["tokens_per_second"] - self._speed)
-        self.progress.facts = (
-            f"loss {self._loss:.3f}  bits per byte {self._bits:.3f}{self._held_out}  {self._speed:,.0f} tokens/s"
-        )
+        self._show()
         self.progress.update(self._tasks["training"], completed=record["step"])
+
+    def _show(self) -> None:
+        if self._speed:   # not before the first step
+            self.progress.facts = (
+                f"loss {self._loss:.3f}  bits per byte {self._bits:.3f}{self._held_out}  {self._speed:,.0f} tokens/s"
+            )

@@ -29,7 +29,8 @@ def tiny():
 @pytest.fixture(params=["mamba", "falcon_mamba"])
 def theirs(request):
     """A factory of transformers models of one family."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     Config, Model = {

@@ -46,17 +46,6 @@ template <class T> __device__ __forceinline__ T* dynamic_smem() {
 #endif
 }
 
-// 2^x, one instruction (2 ulp, denormals flushed to zero); exp(x) = ex2(x log2 e).
-__device__ __forceinline__ float ex2(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
 // Storage is float, bf16 or fp16; arithmetic is float. One rounding, to nearest even, at the store.
 __device__ __forceinline__ float load(const float* p) { return *p; }
 __device__ __forceinline__ float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }

@@ -32,6 +32,11 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 [[gnu::noinline]] inline float __fmul_rn(float a, float b) { return a * b; }
 [[gnu::noinline]] inline float __fadd_rn(float a, float b) { return a + b; }
 
+namespace simt {
+// What an approximate instruction gives where the exact result is known; `relative` bounds its error.
+inline float approximate(float exact, [[maybe_unused]] float relative = 0x1p-22f) { return exact; }
+}  // namespace simt
+
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }

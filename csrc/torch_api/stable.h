@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/error.h"
 #include "view.h"
 
 // libtorch_cuda is not linked: on a CPU build of torch this is null, on a CUDA build it is the real function.
@@ -108,11 +109,7 @@ struct Launch {
 };
 
 inline void check_launch(const char* kernel, int error) {
-#ifdef PYSEQ_SIMT
-  STD_TORCH_CHECK(error == 0, kernel, ": the emulator refused it; pyseq._simt.last_error() says why");
-#else
-  STD_TORCH_CHECK(error == 0, kernel, ": the launch failed with cudaError ", error);
-#endif
+  STD_TORCH_CHECK(error == 0, "pyseq.", kernel, ": ", launch_error(error));
 }
 
 }  // namespace pyseq

@@ -1,5 +1,5 @@
 // Single-thread built-ins: bit casts, counting, cache hints, atomics, and fast-math functions. The latter are computed
-// exactly here and approximately on a GPU, so tests must leave room for the two or so ulps between them.
+// exactly here and approximately on a GPU; approximate() can put an error of that size into them.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -18,6 +18,21 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
 inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
+
+namespace simt {
+inline uint64_t noise_seed = 0;                                  // 0: functions are exact
+
+// x with an error of up to `ulps`, drawn from the seed and the bits of x: the same x always gives the same result.
+// What a GPU gives exactly stays: zeros, infinities, NaN, +-1.
+inline float approximate(float x, double ulps = 2.0) {
+  if (noise_seed == 0 || x == 0.0f || std::abs(x) == 1.0f || !std::isfinite(x)) return x;
+  uint64_t h = (noise_seed ^ std::bit_cast<uint32_t>(x)) * 0x9e3779b97f4a7c15u;
+  h = (h ^ h >> 29) * 0xbf58476d1ce4e5b9u;
+  const double within = double(int64_t(h ^ h >> 32)) * 0x1p-63;  // [-1, 1)
+  const float next = std::nextafter(std::abs(x), INFINITY), ulp = next - std::abs(x);
+  return std::isfinite(ulp) ? float(x + within * ulps * ulp) : x;
+}
+}  // namespace simt
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

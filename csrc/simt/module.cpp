@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "registry.h"
+#include "simt/intrinsics.h"
 #include "simt/launch.h"
 #include "simt/races.h"
 
@@ -15,8 +16,10 @@ PYBIND11_MODULE(_simt, m) {
   m.def("launches", [] { return simt::record.launches; }, "launches since the last reset(), by kernel name");
   m.def("last_error", [] { return simt::record.last_error; }, "why a launch returned an error; empty if none did");
   m.def("watches_races", [] { return simt::watching; }, "whether kernels were compiled so that races are found");
+  m.def("set_noise", [](uint64_t seed) { simt::noise_seed = seed; },
+        "seed of the errors, of the size a GPU makes, in ex2, lg2 and tanh_approx; 0: no errors");
   m.def("reset", [] {
-    simt::block.schedule = {}, simt::record.block_order = {};
+    simt::block.schedule = {}, simt::record.block_order = {}, simt::noise_seed = 0;
     simt::record.launches.clear(), simt::record.last_error.clear();
-  }, "ascending orders, no launches, no error");
+  }, "ascending orders, no noise, no launches, no error");
 }

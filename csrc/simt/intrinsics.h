@@ -22,15 +22,14 @@ inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
 namespace simt {
 inline uint64_t noise_seed = 0;                                  // 0: functions are exact
 
-// x with an error of up to `ulps`, drawn from the seed and the bits of x: the same x always gives the same result.
-// What a GPU gives exactly stays: zeros, infinities, NaN, +-1.
-inline float approximate(float x, double ulps = 2.0) {
-  if (noise_seed == 0 || x == 0.0f || std::abs(x) == 1.0f || !std::isfinite(x)) return x;
-  uint64_t h = (noise_seed ^ std::bit_cast<uint32_t>(x)) * 0x9e3779b97f4a7c15u;
+// What an approximate instruction may give where `exact` is the result: off by up to `relative` of it, drawn from the
+// seed and the bits of `exact`, so the same value always has the same error. A GPU too gives 0, +-1, infinities exactly.
+inline float approximate(float exact, float relative = 0x1p-22f) {
+  if (noise_seed == 0 || exact == 0.0f || std::abs(exact) == 1.0f || !std::isfinite(exact)) return exact;
+  uint64_t h = (noise_seed ^ std::bit_cast<uint32_t>(exact)) * 0x9e3779b97f4a7c15u;
   h = (h ^ h >> 29) * 0xbf58476d1ce4e5b9u;
   const double within = double(int64_t(h ^ h >> 32)) * 0x1p-63;  // [-1, 1)
-  const float next = std::nextafter(std::abs(x), INFINITY), ulp = next - std::abs(x);
-  return std::isfinite(ulp) ? float(x + within * ulps * ulp) : x;
+  return float(exact * (1.0 + within * relative));
 }
 }  // namespace simt
 
@@ -46,11 +45,6 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 // A product or sum that is not contracted into a fused multiply-add.
 [[gnu::noinline]] inline float __fmul_rn(float a, float b) { return a * b; }
 [[gnu::noinline]] inline float __fadd_rn(float a, float b) { return a + b; }
-
-namespace simt {
-// What an approximate instruction gives where the exact result is known; `relative` bounds its error.
-inline float approximate(float exact, [[maybe_unused]] float relative = 0x1p-22f) { return exact; }
-}  // namespace simt
 
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }

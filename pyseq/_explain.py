@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _C, _library
+from . import _C, _cuda, _library
 from ._library import REGISTRY, Op
 
 
@@ -55,7 +55,7 @@ def _kernel(op: Op, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     if device.type == "cuda":
         if "cuda" in op.backends:
-            return "cuda", f"the tensors are on {device}; compiled for {_C.cuda_architectures}"
+            return "cuda", f"the tensors are on {device}; {_cuda.summary(_C.cuda_architectures)}"
         if op.cublas:
             return "torch", f"the tensors are on {device}: cuBLAS"
         return "none", f"the tensors are on {device}, and this build has no CUDA kernel for the op: the call raises"

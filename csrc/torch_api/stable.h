@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cuda/error.h"
+#include "cuda/runtime.h"
 #include "view.h"
 
 // libtorch_cuda is not linked: on a CPU build of torch this is null, on a CUDA build it is the real function.

@@ -10,6 +10,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from pyseq._library import Op
+
 from .output import Json, clear_failures, print_json, results
 
 LANES = {2: "SSE4: 4 floats at a time", 3: "AVX2: 8 floats at a time", 4: "AVX-512: 16 floats at a time"}
@@ -24,8 +26,9 @@ def doctor(json: Json = False) -> None:
         return
     console = results()
     facts = Table(show_header=False, box=None, pad_edge=False)
-    for name in ("pyseq", "torch", "python", "machine", "cpu", "instruction set", "threads", "compiler", "cuda"):
-        facts.add_row(f"[bold]{name}[/bold]", escape(str(found[name])))
+    for name in ("pyseq", "torch", "python", "machine", "cpu", "instruction set", "threads", "compiler", "cuda", "gpu"):
+        value = found[name]
+        facts.add_row(f"[bold]{name}[/bold]", escape("\n".join(value) if isinstance(value, list) else str(value)))
     console.print(facts)
     kernels = Table("kernel", *(kinds := ("forward", "backward", "step")), title=None)
     for op, built in found["kernels"].items():
@@ -56,11 +59,16 @@ def examine() -> dict[str, Any]:
         "threads": f"{threads} on {cores:g} usable cores",
         "compiler": _C.compiler,
         "cuda": cuda(),
+        "gpu": gpu(),
         "kernels": {
-            name: {kind: [b for b in op.backends if b != "simt"] for kind in op.kinds} for name, op in REGISTRY.items()
+            name: {kind: built_for(op) for kind in op.kinds} for name, op in REGISTRY.items()
         },
     }
     return {**facts, "notes": notes(threads, cores)}
+
+
+def built_for(op: Op) -> list[str]:
+    return [b for b in op.backends if b != "simt"] + (["cuda (cuBLAS)"] if op.cublas else [])
 
 
 def instruction_set(level: int, of_machine: int) -> str:
@@ -91,23 +99,32 @@ def usable_cores() -> float:
 
 
 def cuda() -> str:
-    import torch
+    from pyseq import _C, _cuda
 
-    from pyseq import _C
+    built = _cuda.summary(_C.cuda_architectures)
+    if not _C.cuda_architectures:
+        return built
+    driver = _C.cuda_driver_version()
+    supports = f"driver for CUDA {_cuda.version(driver)}" if driver else "no NVIDIA driver"
+    return f"{built}; built with CUDA {_cuda.version(_C.cuda_runtime_version)}; {supports}"
 
-    built = f"kernels for {_C.cuda_architectures}" if _C.cuda_architectures else "no kernels built"
-    if not torch.cuda.is_available():
-        return f"{built}; torch sees no GPU"
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return f"{built}; {names}"
+
+def gpu() -> list[str]:
+    from pyseq import _cuda
+
+    cards = [
+        f"{card['device']} {card['name']}, {card['architecture']}, {card['memory_gib']} GiB: {card['kernels']}"
+        for card in _cuda.cards()
+    ]
+    absence = _cuda.absence()
+    return cards + ([absence] if absence else [])
 
 
 def notes(threads: int, cores: float) -> list[str]:
     """What is slower here than it could be, and what to do about it."""
     import torch
 
-    from pyseq import _C
-    from pyseq._library import REGISTRY
+    from pyseq import _C, _cuda
 
     found = []
     if _C.cpu_level < _C.cpu_level_of_machine:
@@ -122,12 +139,7 @@ def notes(threads: int, cores: float) -> list[str]:
         found.append(f"torch uses {threads} threads of {cores:g} cores")
     if not _C.cpu_has_avx512_bf16 and _C.cpu_level == _C.cpu_level_of_machine:
         found.append("no bfloat16 instructions: products of bfloat16 matrices run through float32")
-    if torch.cuda.is_available():
-        missing = [name for name, op in REGISTRY.items() if "cuda" not in op.backends]
-        if missing:
-            found.append(f"a GPU is here, but no CUDA kernel of {', '.join(missing)} was built: build with nvcc found")
-    elif Path("/proc/driver/nvidia/version").exists():
-        found.append(
-            "an NVIDIA driver is here, but this torch is a CPU build or sees no GPU: everything runs on the CPU"
-        )
+    absence = _cuda.absence()
+    if absence and (torch.cuda.is_available() or Path("/proc/driver/nvidia/version").exists()):
+        found.append(f"a GPU is here and everything runs on the CPU: {absence}")
     return found

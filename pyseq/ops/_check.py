@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import torch
 
+from .. import _C
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -45,6 +47,7 @@ class Dims:
             raise TypeError(f"{self.op}: {name} has layout {t.layout}, expected a dense tensor (torch.strided)")
         if self._device is None:
             self._device, self._source["device"] = t.device, name
+            self._check_device(name, t.device.type)
         elif t.device != self._device:
             raise ValueError(
                 f"{self.op}: {name} is on device {t.device}, expected {self._device} (that of {self._source['device']})"
@@ -62,6 +65,15 @@ class Dims:
         raise ValueError(
             f"{self.op}: {name} has shape {list(t.shape)}, expected [{', '.join(letters)}]{suffix}"
         )
+
+    def _check_device(self, name: str, kind: str) -> None:
+        if kind == "cuda" and not _C.cuda_ops:
+            raise ValueError(
+                f"{self.op}: {name} is on a GPU, and this pyseq was built without CUDA kernels (no nvcc was found): "
+                "move the tensors to the CPU, or build pyseq from source where nvcc is"
+            )
+        if kind not in ("cpu", "cuda", "meta"):
+            raise ValueError(f"{self.op}: {name} is on device {kind}, expected cpu or cuda")
 
     def optional(self, name: str, t: object, letters: Sequence[str], dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
         if t is not None:

@@ -18,7 +18,7 @@ ifndef V
 endif
 
 .PHONY: help install demo test lint bench bench-quick bench-peers docs wheel check-abi check-compilers check-aarch64 \
-        check-sanitizers check-symbols test-large clean
+        check-sanitizers check-symbols check-kernels predictions test-large clean
 
 help:  ## this list
 	grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
@@ -78,6 +78,12 @@ bench-quick: $(VENV)/.dev install  ## few rounds of every benchmark: shows that 
 
 bench-peers: $(VENV)/.dev install  ## install the peers that `make bench` compares with (llama.cpp builds for ten minutes)
 	$(BIN)/pip install -r benchmarks/peers/requirements.txt
+
+check-kernels: $(VENV)/.dev install  ## the CUDA kernels' machine code against benchmarks/kernel_budgets.json
+	$(BIN)/python -m benchmarks.budgets
+
+predictions: $(VENV)/.dev  ## docs/gpu.md: times of the CUDA kernels, predicted from their budgets
+	$(BIN)/python -m benchmarks.predictions --write
 
 docs: $(VENV)/.dev install  ## the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,5 +1,6 @@
 """benchmarks/cost_model.py: occupancy against NVIDIA's own calculator, times against cases worked by hand."""
 
+import json
 import random
 import re
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import predictions
+from benchmarks.budgets import BUDGETS
 from benchmarks.cost_model import MACHINES, occupancy, pipes, seconds
 
 HERE = Path(__file__).parent
@@ -36,11 +39,27 @@ def test_occupancy_is_what_nvidia_computes(tmp_path):
 def test_the_fullest_pipe_sets_the_time():
     card = MACHINES["H200"]
     counts = {"issued": 100, "fma": 50, "alu": 30, "MUFU.EX2": 10, "SHFL": 5, "LDS.128": 2, "STS.32": 1, "LDG.128": 9}
-    busy = pipes(card, counts)
+    busy = pipes(card, counts, {})
     assert busy == {"issue": 100, "fp32": 50, "integer": 60, "special functions": 80, "shared memory": 4 * (5 + 8 + 1),
                     "matrix": 0}
-    assert pipes(MACHINES["A100"], counts)["fp32"] == 100
+    assert pipes(card, counts, {"LDS.128": 1})["shared memory"] == 4 * (5 + 2 + 1)
+    assert pipes(MACHINES["A100"], counts, {})["fp32"] == 100
     time, limit = seconds(card, {"issue": 132 * 4 * 1.98e6}, 132 * 8, 0)
     assert (limit, time) == ("issue", pytest.approx(1e-3))
     assert seconds(card, {"issue": 1}, 132, 4.3e9) == (pytest.approx(1e-3), "memory")
     assert seconds(card, {"issue": 133 * 4 * 1.98e6}, 133, 0)[0] == pytest.approx(2e-3)   # one multiprocessor has two
+
+
+def test_iterations_follow_from_the_instruction_that_marks_a_loop():
+    launch = predictions.Launch("kernel", blocks=3, bytes_moved=0, loops={"MUFU.EX2 -STG.16": 80, "STG.16": 30})
+    inner = [{"issued": 20, "MUFU.EX2": 4}, {"issued": 9, "MUFU.EX2": 1}, {"issued": 7, "MUFU.EX2": 1, "STG.16": 3}]
+    budget = {"threads": 64, "outside": {"issued": 5}, "loops": inner}
+    counts = predictions.executed(budget, launch)
+    assert counts == {"issued": 6 * 5 + 20 * 20 + 10 * 7, "MUFU.EX2": 80 + 10, "STG.16": 30}
+    with pytest.raises(KeyError, match="no loop has SHFL"):
+        predictions.loop_with("SHFL", inner)
+
+
+def test_the_page_is_what_the_budgets_say():
+    written = predictions.page(json.loads(BUDGETS.read_text()))
+    assert predictions.PAGE.read_text() == written, "make predictions"

@@ -1,0 +1,144 @@
+"""Times of the CUDA kernels, predicted from their budgets: docs/gpu.md.
+
+    python -m benchmarks.predictions            prints the table
+    python -m benchmarks.predictions --write    writes docs/gpu.md anew
+
+It needs neither a GPU nor nvcc: benchmarks/kernel_budgets.json holds what an iteration of each loop issues,
+benchmarks/workloads.py how many there are, benchmarks/cost_model.py what they cost on a card.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.budgets import BUDGETS
+from benchmarks.cost_model import MACHINES, Machine, occupancy, pipes, seconds
+from benchmarks.workloads import WORKS, Launch, Work
+
+PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+HEAD = """# GPU kernels: budgets and predictions
+
+No time on this page was measured. Every build compiles the CUDA kernels for three architectures, the tests run them
+on an emulator, and what follows is read from their machine code. `make check-kernels` fails when a kernel grows over
+these budgets, spills registers, adds with float atomics or computes in float64; `make predictions` writes this page.
+
+## Predicted times
+
+A multiprocessor has four schedulers, each of which issues one warp instruction a cycle. A launch cannot be faster than
+its fullest pipe (issue slots; float32; integers; special functions at 8 cycles of a scheduler each; shared memory at 4
+cycles a wavefront or shuffle), nor than its bytes at the bandwidth of the card. The prediction is the largest of these,
+in brackets which one it is, summed over the launches of a work. Loops count with their longest path. Latency, caches,
+the time to launch and all waiting are left out, so that a real kernel takes longer.
+"""
+CARDS = """
+| card | architecture | multiprocessors | clock | bandwidth | taken from |
+|---|---|---|---|---|---|"""
+KERNELS = """
+## Budgets
+
+Registers, bytes of shared memory (static, and dynamic where a work above uses the kernel) and threads of a block, as
+compiled for each architecture; how many blocks of it fit on a multiprocessor of the card above; the issue slots of one
+iteration of each innermost loop. `benchmarks/kernel_budgets.json` holds the rest: every loop, by kind of instruction.
+
+| kernel | architecture | registers | shared | threads | blocks | innermost loops |
+|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    seconds: float
+    limits: tuple[str, ...]      # of each launch, what its time is set by
+    slots: float                 # issue slots per unit of the work and lane
+
+
+def loop_with(marker: str, loops: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the loops with the instruction, and without those after a minus, the one that issues least for each of it."""
+    wanted, *without = marker.replace(" -", " ").split()
+    found = [loop for loop in loops if wanted in loop and not any(kind in loop for kind in without)]
+    if not found:
+        raise KeyError(f"no loop has {marker}")
+    return min(found, key=lambda loop: loop["issued"] / loop[wanted])
+
+
+def executed(budget: Mapping[str, Any], launch: Launch) -> Counter[str]:
+    """Warp instructions of the whole launch, by kind."""
+    counts: Counter[str] = Counter()
+    warps = launch.blocks * -(-budget["threads"] // 32)
+    parts = [(budget["outside"], warps)]
+    for marker, total in launch.loops.items():
+        loop = loop_with(marker, budget["loops"])
+        parts.append((loop, total / loop[marker.split()[0]]))
+    for part, times in parts:
+        for kind, n in part.items():
+            if kind not in ("depth", "innermost"):
+                counts[kind] += n * times
+    return counts
+
+
+def predict(work: Work, machine: Machine, budgets: Mapping[str, Any]) -> Prediction:
+    total, limits, issued = 0.0, [], 0.0
+    for launch in work.launches:
+        try:
+            counts = executed(budgets["kernels"][launch.kernel][machine.arch], launch)
+        except KeyError as error:
+            raise KeyError(f"{work.name}: {launch.kernel}, {machine.arch}: {error}") from error
+        time, limit = seconds(machine, pipes(machine, counts, launch.wavefronts), launch.blocks, launch.bytes_moved)
+        total, issued = total + time, issued + counts["issued"]
+        limits.append(limit)
+    return Prediction(total, tuple(limits), issued * 32 / work.units)
+
+
+def _time(value: float) -> str:
+    return f"{value * 1e6:.1f} us" if value < 1e-4 else f"{value * 1e3:.3f} ms"
+
+
+def table(budgets: Mapping[str, Any]) -> list[str]:
+    cards = list(MACHINES.values())
+    lines = ["| work | bytes | issue slots | " + " | ".join(f"{card.card}" for card in cards) + " | goal on H200 |",
+             "|---" * (4 + len(cards)) + "|"]
+    for work in WORKS:
+        predictions = [predict(work, card, budgets) for card in cards]
+        times = [f"{_time(p.seconds)} ({', '.join(dict.fromkeys(p.limits))})" for p in predictions]
+        size = sum(launch.bytes_moved for launch in work.launches)
+        lines.append(f"| {work.name} | {size / 1e6:.0f} MB | {predictions[0].slots:.1f} per {work.unit} | "
+                     + " | ".join(times) + f" | {_time(work.goal) if work.goal else ''} |")
+    return lines
+
+
+def kernels(budgets: Mapping[str, Any]) -> list[str]:
+    dynamic = {launch.kernel: launch.dynamic_shared for work in WORKS for launch in work.launches}
+    lines = []
+    for name, archs in budgets["kernels"].items():
+        for machine in MACHINES.values():
+            b = archs[machine.arch]
+            shared = b["shared"] + dynamic.get(name, 0)
+            fit = occupancy(machine, b["registers"], b["threads"], shared) if b["threads"] else ""
+            loops = ", ".join(str(loop["issued"]) for loop in b["loops"] if loop["innermost"])
+            cells = (f"`{name}`", machine.arch, b["registers"], shared, b["threads"], fit, loops)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def page(budgets: Mapping[str, Any]) -> str:
+    cards = [f"| {m.card} | {m.arch} | {m.multiprocessors} | {m.clock / 1e9:.2f} GHz | {m.bandwidth / 1e12:.2f} TB/s | "
+             f"{m.source} |" for m in MACHINES.values()]
+    return "\n".join([HEAD, *table(budgets), CARDS, *cards, KERNELS, *kernels(budgets), ""])
+
+
+def main() -> int:
+    budgets = json.loads(BUDGETS.read_text())
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(page(budgets))
+    else:
+        print("\n".join(table(budgets)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <source_location>
 #include <string>
+#include <vector>
 
 #include <cuda_runtime_api.h>                                    // types only
 
@@ -47,7 +48,23 @@ struct Site {                                                    // what a threa
 using Combine = void (*)(uint32_t present, void* const* operand);
 
 struct Meeting { uint32_t mask, arrived; Combine combine; const char* call; };
-struct Thread { Context context; uint3 index; unsigned rank; Site site; };
+struct Copy { void* to; const void* code; int bytes; unsigned group; char data[16]; };   // a cp.async in flight
+struct Thread {
+  Context context;
+  uint3 index;
+  unsigned rank;
+  Site site;
+  std::vector<Copy> copies;
+  unsigned commits;                                              // of groups of copies
+};
+struct Lanes { uint32_t of[kMaxWarps]; };                        // a set of threads
+struct NamedBarrier { unsigned arrived, expected; Lanes waiting; Site first; };
+struct Mbarrier {
+  const void* at;
+  unsigned count, pending, phase;
+  Lanes waiting;
+  std::vector<uint32_t> told, known;                             // by all arrivals so far, by those of past phases
+};
 struct Warp {
   uint32_t alive, runnable;
   unsigned open;
@@ -60,8 +77,11 @@ struct Block {
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
   unsigned num_threads, num_warps, alive, at_barrier;
-  uint64_t epoch;                                                // counts barriers, and beginnings of blocks
+  uint64_t epoch, first_epoch;                                   // counts barriers, and beginnings of blocks
   Site barrier;
+  NamedBarrier named[16];
+  std::vector<Mbarrier> mbarriers;
+  std::vector<uint32_t> known;                                   // [thread][other], as Warp::clock; empty: not used
   uint8_t warp_order[kMaxWarps];                                 // which warp goes first, while it can
   Order schedule;
   Context scheduler;
@@ -72,7 +92,7 @@ struct Block {
 
 inline Block block;
 inline Stacks stacks(kMaxThreads);
-inline Thread* self;                                             // the running thread
+inline Thread* self;                                             // the running thread; null outside a kernel
 
 struct Position { uint3 thread, block; dim3 threads, blocks; };  // threadIdx, blockIdx, blockDim, gridDim
 inline Position position;
@@ -98,6 +118,16 @@ inline std::string describe(const Site& site) {
   stop();
 }
 
+[[noreturn]] inline void fault(const Site& mine, const std::string& what) {
+  block.error = "thread " + std::to_string(self->rank) + " in " + describe(mine) + ": " + what;
+  stop();
+}
+
+// Told of every access to memory by a kernel, if it was compiled for that: see hooks.h.
+enum class Touch { read, write, begin_copy, end_copy };
+inline void (*observe)(const void* address, size_t size, Touch, const void* code) = nullptr;
+inline void (*converged)(unsigned warp) = nullptr;               // all lanes of the warp that are alive have met
+
 inline void wait(const Site& site) {
   self->site = site;
   switch_to(self->context, block.scheduler);
@@ -106,7 +136,10 @@ inline void wait(const Site& site) {
 inline void release_barrier() {
   block.at_barrier = 0;
   ++block.epoch;
-  for (unsigned w = 0; w < block.num_warps; ++w) block.warps[w].runnable = block.warps[w].alive;
+  for (unsigned w = 0; w < block.num_warps; ++w) {
+    block.warps[w].runnable = block.warps[w].alive;
+    if (converged) converged(w);
+  }
   if (block.schedule.kind > 1) block.schedule.arrange(block.warp_order, block.num_warps);
 }
 
@@ -124,6 +157,7 @@ inline void complete_meetings(Warp& w) {
     const Meeting m = w.meetings[i];
     if (m.arrived == (m.mask & w.alive)) {
       m.combine(m.arrived, w.operand);
+      if (converged && m.arrived == w.alive) converged(self->rank / kWarp);
       w.runnable |= m.arrived;
       w.meetings[i] = w.meetings[--w.open];
     } else {
@@ -150,6 +184,18 @@ inline void meet(const Site& site, Combine combine, void* operand) {
   wait(site);
 }
 
+// What the lanes in `present` know of all threads of the block becomes common.
+inline void share_knowledge(uint32_t present) {
+  const unsigned n = block.num_threads, first = self->rank / kWarp * kWarp;
+  for (unsigned other = 0; other < n; ++other) {
+    uint32_t latest = 0;
+    for (uint32_t p = present; p; p &= p - 1) {
+      latest = std::max(latest, block.known[size_t(first + std::countr_zero(p)) * n + other]);
+    }
+    for (uint32_t p = present; p; p &= p - 1) block.known[size_t(first + std::countr_zero(p)) * n + other] = latest;
+  }
+}
+
 // __syncwarp, besides waiting, makes known to all who take part what each of them knows.
 inline void order_memory(uint32_t present, void* const*) {
   auto& clock = warp().clock;
@@ -159,11 +205,17 @@ inline void order_memory(uint32_t present, void* const*) {
     for (unsigned i = 0; i < kWarp; ++i) if (present >> i & 1) clock[i][other] = latest;
   }
   for (unsigned i = 0; i < kWarp; ++i) if (present >> i & 1) ++clock[i][i];
+  if (!block.known.empty()) share_knowledge(present);
 }
 
 inline void run_thread() {
   fiber_entered(block.scheduler);
   block.call(block.bound);
+  if (!self->copies.empty()) {
+    block.error = "thread " + std::to_string(self->rank) + " exits with " + std::to_string(self->copies.size()) +
+                  " cp.async that it did not wait for";
+    stop();
+  }
   Warp& w = warp();
   w.alive &= ~(1u << lane()), w.runnable &= ~(1u << lane());
   --block.alive;
@@ -209,7 +261,10 @@ inline std::string divergence() {
 inline bool run_block() {
   const dim3 size = position.threads;
   const unsigned n = size.x * size.y * size.z;
-  block.num_threads = block.alive = n, block.num_warps = (n + kWarp - 1) / kWarp, block.at_barrier = 0, ++block.epoch;
+  block.num_threads = block.alive = n, block.num_warps = (n + kWarp - 1) / kWarp, block.at_barrier = 0;
+  block.first_epoch = ++block.epoch;
+  for (NamedBarrier& b : block.named) b = {};
+  block.mbarriers.clear(), block.known.clear();
   for (unsigned w = 0; w < block.num_warps; ++w) {
     const unsigned lanes = std::min(n - w * kWarp, kWarp);
     block.warps[w].alive = block.warps[w].runnable = ~0u >> (kWarp - lanes), block.warps[w].open = 0;
@@ -219,6 +274,7 @@ inline bool run_block() {
   for (unsigned i = 0; i < n; ++i) {
     Thread& t = block.threads[i];
     t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)}, t.rank = i;
+    t.copies.clear(), t.commits = 0;
     stacks.start(t.context, i, run_thread);
   }
   block.schedule.arrange(block.warp_order, block.num_warps);
@@ -230,7 +286,9 @@ inline bool run_block() {
     }
     position.thread = self->index;
     switch_to(block.scheduler, self->context);
+    self = nullptr;
   }
+  for (unsigned w = 0; converged && w < block.num_warps; ++w) converged(w);
   return block.error.empty();
 }
 

@@ -125,6 +125,9 @@ class Stacks {
   ~Stacks() { munmap(base_, bytes_); }
   Stacks(const Stacks&) = delete;
 
+  uintptr_t begin() const { return reinterpret_cast<uintptr_t>(base_); }
+  uintptr_t end() const { return begin() + bytes_; }
+
   void start(Context& context, size_t i, void (*entry)()) {
     char* const bottom = base_ + i * kStride + kPage;
 #ifdef __SANITIZE_ADDRESS__

@@ -22,14 +22,19 @@ inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
 namespace simt {
 inline uint64_t noise_seed = 0;                                  // 0: functions are exact
 
-// What an approximate instruction may give where `exact` is the result: off by up to `relative` of it, drawn from the
-// seed and the bits of `exact`, so the same value always has the same error. A GPU too gives 0, +-1, infinities exactly.
+// In [-1, 1), drawn from the seed and `bits`.
+inline double noise(uint32_t bits) {
+  if (noise_seed == 0) return 0.0;
+  uint64_t h = (noise_seed ^ bits) * 0x9e3779b97f4a7c15u;
+  h = (h ^ h >> 29) * 0xbf58476d1ce4e5b9u;
+  return double(int64_t(h ^ h >> 32)) * 0x1p-63;
+}
+
+// What an approximate instruction may give where `exact` is the result: off by up to `relative` of it, and always by
+// the same for the same value. A GPU too gives 0, +-1 and infinities exactly.
 inline float approximate(float exact, float relative = 0x1p-22f) {
   if (noise_seed == 0 || exact == 0.0f || std::abs(exact) == 1.0f || !std::isfinite(exact)) return exact;
-  uint64_t h = (noise_seed ^ std::bit_cast<uint32_t>(exact)) * 0x9e3779b97f4a7c15u;
-  h = (h ^ h >> 29) * 0xbf58476d1ce4e5b9u;
-  const double within = double(int64_t(h ^ h >> 32)) * 0x1p-63;  // [-1, 1)
-  return float(exact * (1.0 + within * relative));
+  return float(exact * (1.0 + noise(std::bit_cast<uint32_t>(exact)) * relative));
 }
 }  // namespace simt
 

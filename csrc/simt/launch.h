@@ -11,14 +11,21 @@
 
 namespace simt {
 
+struct Traffic {                                                 // see traffic.h
+  int64_t requests, sectors, ideal_sectors, shared_requests, wavefronts, ideal_wavefronts;
+};
+
 struct Record {
   std::mutex one_at_a_time;                                      // launches of all OS threads share `block`
   Order block_order;
   std::map<const void*, std::string> names;                      // of kernels, given by pyseq::launch
   std::map<std::string, int64_t> launches;                       // accepted launches by name
   std::string last_error;
+  bool counts = false;                                           // traffic
+  std::map<std::string, std::map<const char*, Traffic>> traffic; // by name, by place in the code
 };
 inline Record record;
+inline void (*kernel_begins)(const std::string& name) = nullptr;
 
 inline std::string text(dim3 d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
@@ -76,6 +83,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
   }
   ++record.launches[name];
   block.bound = bound, block.call = call;
+  if (kernel_begins && record.counts) kernel_begins(name);
   if (run_grid(config)) return cudaSuccess;
   const uint3 at = position.block;
   record.last_error = name + ", block " + text({at.x, at.y, at.z}) + ": " + block.error;

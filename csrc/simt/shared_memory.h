@@ -25,6 +25,14 @@ alignas(1024) inline char dynamic_shared[kMaxSharedMemory];
 struct Segment { char* begin; size_t size; };
 inline Segment shared_segments[2];                               // of the running launch: static, dynamic
 
+inline bool in_shared(const void* address, size_t bytes) {
+  for (const Segment& s : shared_segments) {
+    const size_t offset = static_cast<const char*>(address) - s.begin;
+    if (offset < s.size && bytes <= s.size - offset) return true;
+  }
+  return false;
+}
+
 extern "C" void* __tls_get_addr(void*);
 
 // The calling thread's copy of this module's thread-local segment; empty if it cannot be told.

@@ -2,9 +2,10 @@
 //
 // Blocks run one after another, the threads of a block as fibers (block.h) that switch only where they meet. Found that
 // way: divergence, missing barriers (results that differ between schedules), reads of shared memory that the block did
-// not write, blocks that depend on each other; with -fsanitize=thread races in shared memory, by name (races.h); with
-// -fsanitize=address,undefined accesses out of bounds. Not modelled: time, memory traffic, weak memory ordering, blocks
-// that wait for other blocks, the error of fast-math functions.
+// not write, blocks that depend on each other, waits for cp.async that are missing (copies.h); with -fsanitize=thread
+// races in shared memory, by name (races.h), and accesses that waste the memory's bandwidth (traffic.h); with
+// -fsanitize=address,undefined accesses out of bounds. Not modelled: time, caches, weak memory ordering, blocks that
+// wait for other blocks, clusters, TMA, wgmma.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

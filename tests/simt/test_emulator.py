@@ -1,94 +1,30 @@
 """The emulator itself: faultless kernels give the right numbers in every order, and every planted fault shows."""
 
 import ctypes
-import itertools
-import os
-import platform
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import (
+    CSRC,
+    HERE,
+    LAUNCH_FAILURE,
+    ORDERS,
+    compile_cpp,
+    fails,
+    in_every_order,
+    nan,
+    needs_toolkit,
+    results,
+    run,
+)
 
 from pyseq._library import HAS_SIMT
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-ORDERS = list(itertools.product((0, 1, 2), repeat=2))  # schedule of threads x order of blocks
-INVALID_VALUE, INVALID_CONFIGURATION, LAUNCH_FAILURE = 1, 9, 719  # cudaError_t
-
-
-def find_cuda_include() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parents[1]]
-    includes = [Path(home) / "include" for home in homes if home]
-    return next((i for i in includes if (i / "cuda_runtime_api.h").exists()), None)
-
-
-CUDA = find_cuda_include()
-CXX = shutil.which("g++")
-DESCRIPTORS = ["-mtls-dialect=gnu2"] if platform.machine() == "x86_64" else []  # as _simt has it
-pytestmark = pytest.mark.skipif(not (CUDA and CXX), reason="needs the CUDA toolkit's headers and g++")
-
-
-def compile_cpp(source: Path, output: Path, *flags: str | Path) -> Path:
-    common = ["-std=c++20", "-g", "-fvisibility=hidden", "-I", CSRC, "-isystem", CUDA]
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-sign-compare"]  # nvcc compares threadIdx with int silently, too
-    subprocess.run([CXX, *common, *warnings, *flags, source, "-o", output], check=True)
-    return output
-
-
-def load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.last_error.restype = ctypes.c_char_p
-    library.launches.restype = ctypes.c_int64
-    return library
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    path = tmp_path_factory.mktemp("simt") / "plain.so"
-    return load(compile_cpp(HERE / "library.cpp", path, "-O2", "-shared", "-fPIC", *DESCRIPTORS))
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """The same with every access to shared memory watched: see csrc/simt/races.h."""
-    folder = tmp_path_factory.mktemp("simt")
-    (folder / "races.cpp").write_text('#include "simt/races.h"')
-    kernels = compile_cpp(HERE / "library.cpp", folder / "kernels.o", "-O2", "-c", "-fPIC", "-fsanitize=thread")
-    return load(compile_cpp(folder / "races.cpp", folder / "watched.so", "-O2", "-shared", "-fPIC", kernels))
-
-
-@pytest.fixture(params=["plain", "watched"])
-def lib(request):
-    return request.getfixturevalue(request.param)
-
-
-def run(lib, order, name, *args) -> int:
-    """Calls one C function: tensors go as addresses, floats as floats, the rest as ints."""
-    kept = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
-    lib.set_order(*order)
-    convert = {torch.Tensor: lambda a: ctypes.c_void_p(a.data_ptr()), float: ctypes.c_float, int: ctypes.c_int}
-    return getattr(lib, name)(*(convert[type(a)](a) for a in kept))
-
-
-def nan(*shape) -> torch.Tensor:
-    return torch.full(shape, torch.nan)
-
-
-def in_every_order(lib, name, make_args, out) -> torch.Tensor:
-    """The output, after checking that it has the same bits in all orders."""
-    results = []
-    for order in ORDERS:
-        args = make_args()
-        assert run(lib, order, name, *args) == 0, lib.last_error()
-        results.append(args[out])
-    for r in results[1:]:
-        assert torch.equal(r.view(torch.uint8), results[0].view(torch.uint8))
-    return results[0]
+INVALID_VALUE, INVALID_CONFIGURATION = 1, 9  # cudaError_t
+pytestmark = needs_toolkit
 
 
 def test_scan(lib):
@@ -195,15 +131,6 @@ def test_launches_that_cuda_refuses(lib, grid, block, smem, error):
         assert b"nothing_kernel: " in lib.last_error()
 
 
-def results(lib, name, make_args, out) -> list[torch.Tensor]:
-    outputs = []
-    for order in ORDERS:
-        args = make_args()
-        assert run(lib, order, name, *args) == 0, lib.last_error()
-        outputs.append(args[out])
-    return outputs
-
-
 X = torch.arange(1.0, 129.0)
 
 
@@ -214,14 +141,6 @@ def test_missing_barrier_shows_in_the_results(plain):
 
 def test_read_before_the_first_barrier_shows_in_the_results(plain):
     assert all(v.isnan().any() for v in results(plain, "early_read", lambda: (X, nan(128)), 1))
-
-
-def fails(lib, name, *args) -> set[str]:
-    messages = set()
-    for order in ORDERS:
-        assert run(lib, order, name, *args) == LAUNCH_FAILURE
-        messages.add(lib.last_error().decode())
-    return messages
 
 
 RACES = [("missing_barrier", (X, nan(128), 4)), ("early_read", (X, nan(128))), ("unordered_lanes", (X, nan(32)))]
@@ -318,11 +237,12 @@ def test_sanitizers_see_accesses_out_of_bounds(sanitized, fault, report):
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-@pytest.mark.parametrize("source", ["good.cu", "planted.cu"])
+@pytest.mark.parametrize("source", ["good.cu", "pipeline.cu", "planted.cu", "tensor.cu"])
 def test_nvcc_compiles_the_same_files(tmp_path, source):
-    flags = ["-std=c++20", "-arch=sm_90a", "-Werror", "all-warnings", "-I", CSRC]
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-I", CSRC]
+    for arch in ("80", "90a", "120"):
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     subprocess.run(["nvcc", *flags, "-c", HERE / source, "-o", tmp_path / "kernels.o"], check=True)
-
 
 
 @pytest.mark.skipif(not HAS_SIMT, reason="the emulator module was not built: there is no CUDA toolkit")

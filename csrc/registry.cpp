@@ -6,7 +6,7 @@
 
 namespace pyseq {
 
-namespace causal_conv1d { void cpu(Library&); }
+namespace causal_conv1d { void cpu(Library&); void cuda(Library&); }
 namespace linear { void cpu(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
 namespace selective_scan { void cpu(Library&); }
@@ -27,6 +27,7 @@ constexpr Entry kCpu[] = {
 
 #ifdef PYSEQ_WITH_CUDA
 constexpr Entry kCuda[] = {
+    {"causal_conv1d", causal_conv1d::cuda},
     {"rms_norm_gated", rms_norm_gated::cuda},
 };
 #endif

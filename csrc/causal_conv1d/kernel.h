@@ -15,7 +15,8 @@
 
 namespace pyseq {
 
-// A unit of work is kChannels neighbouring channels of a run of rows; the B T tokens are numbered through as rows.
+// CPU: a unit of work is kConvChannels neighbouring channels of a run of rows; the B T tokens are numbered through as
+// rows. CUDA: a run is of one batch row, and a thread has up to 16 bytes of channels of it.
 constexpr int64_t kConvChannels = 512;
 constexpr int64_t kConvRows = 64;
 
@@ -23,10 +24,11 @@ struct CausalConv1d {
   int64_t B, T, D, W;
   int64_t S;                   // sequences: B, or as many as are packed in the one batch row
   const int64_t* cu_seqlens;   // [S + 1] or null
-  int64_t rows, runs;          // rows in a run; how many runs, at least 1
+  const int32_t* sequence_of;  // CUDA: [T + 1] where there is cu_seqlens, see cuda/packing.h
+  int64_t rows, runs;          // rows in a run; how many runs, on the CPU at least 1
   bool silu;
   View x, y;                   // [B, T, D] of one dtype
-  const float* weight;         // [W, D]
+  const float* weight;         // CPU: [W, D]; CUDA: [D, W], as it comes
   const float* bias;           // [D] or null
   const float* state;          // [S, D, W-1] or null
   float* new_state;            // [S, D, W-1] or null
@@ -37,7 +39,7 @@ struct CausalConv1dBackward {
   View dy, dx;                 // [B, T, D] of x's dtype
   const float* dnew_state;     // [S, D, W-1] or null
   float* dstate;               // [S, D, W-1] or null
-  float* e;                    // [B T, D] if W > 4, else null
+  float* e;                    // [B T, D] where no specialised kernel fits (CPU: W > 4), else null
   float* partial;              // [runs, W + 1, D]: the taps of dweight, then dbias, summed over one run
   float* dweight;              // [D, W]
   float* dbias;                // [D] or null
@@ -79,5 +81,13 @@ void causal_conv1d_backward_wide(const CausalConv1dBackward&, int64_t begin, int
 void causal_conv1d_backward_sum(const CausalConv1dBackward&, int64_t begin, int64_t end);
 void causal_conv1d_step(const CausalConv1dStep&, int64_t begin, int64_t end);
 }  // namespace v4
+
+// CUDA: a cudaError_t. Widths 2 to 4 of whole, aligned vectors of channels keep their window in registers; any other
+// case runs a channel a thread through the caches. Both do the same operations in the same order: the same bits.
+// Bound by memory: 4 bytes a sample of 16 bits forward, 6 backward.
+bool causal_conv1d_backward_is_wide(const CausalConv1dBackward&);   // whether the launcher below reads and writes e
+int causal_conv1d_forward_cuda(const CausalConv1d&, void* stream);
+int causal_conv1d_backward_cuda(const CausalConv1dBackward&, void* stream);
+int causal_conv1d_step_cuda(const CausalConv1dStep&, void* stream);
 
 }  // namespace pyseq

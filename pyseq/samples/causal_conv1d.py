@@ -1,4 +1,5 @@
-"""Inputs of causal_conv1d: widths 1 to 9, ragged channels, sequences shorter than the window, states, packing."""
+"""Inputs of causal_conv1d: widths 1 to 9, ragged channels and whole vectors of them, sequences shorter than the window,
+states, packing."""
 
 from __future__ import annotations
 
@@ -52,6 +53,8 @@ def samples() -> list[Sample]:
         "packed": _make((1, 12, 3), 4, bias=True, state=True, lengths=(5, 0, 1, 6, 0), **silu),
         "packed_without_state": _make((1, 9, 2), 3, lengths=(0, 2, 7), activation="silu"),
         "wide": _make((2, 150, 533), 4, bias=True, state=True, **silu),
+        "wide_vectors": _make((2, 45, 40), 4, bias=True, state=True, **silu),
+        "wide_packed_vectors": _make((1, 70, 16), 3, bias=True, state=True, lengths=(17, 0, 1, 41, 2, 9), **silu),
         "wide_width_9": _make((1, 137, 33), 9, bias=True, state=True, lengths=(70, 0, 3, 64), **silu),
     }
     return [Sample("causal_conv1d", name, make, not name.startswith("wide")) for name, make in cases.items()]

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import pyseq
-from pyseq import _library, reference
-from pyseq.testing import assert_close
+from pyseq import _library, reference, testing
+from pyseq.testing import assert_close, on
+
+BACKENDS = testing.backends(_library.REGISTRY["causal_conv1d"])
 
 
 def wave(offset, *shape):
@@ -68,31 +70,36 @@ def test_a_slice_of_a_projection_is_not_copied():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [1, 2, 4, 6])
 @pytest.mark.parametrize("memory", ["plain", "rows of a cache", "channel last"])
-def test_a_step_shifts_its_state_wherever_it_lies(memory, width):
+def test_a_step_shifts_its_state_wherever_it_lies(memory, width, backend):
     taps = width - 1
-    x, w, b, given = torch.randn(3, 21), torch.randn(21, width), torch.randn(21), torch.randn(3, 21, taps)
     make = {
-        "plain": lambda: torch.empty(3, 21, taps),
-        "rows of a cache": lambda: torch.empty(6, 25, taps)[::2, 2:23],
-        "channel last": lambda: torch.empty(3, taps, 21).transpose(1, 2),
+        "plain": lambda: torch.empty(3, 21, taps, device=device),
+        "rows of a cache": lambda: torch.empty(6, 25, taps, device=device)[::2, 2:23],
+        "channel last": lambda: torch.empty(3, taps, 21, device=device).transpose(1, 2),
     }
-    state = make[memory]()
-    state.copy_(given)
-    y = pyseq.causal_conv1d_step(state, x, w, b, activation="silu")
-    exact, last = pyseq.causal_conv1d(x[:, None], w, b, activation="silu", state=given, return_state=True)
-    assert torch.equal(y, exact[:, 0]) and torch.equal(state, last)
+    with on(backend) as device:
+        shapes = (3, 21), (21, width), (21,), (3, 21, taps)
+        x, w, b, given = (torch.randn(*s, device=device) for s in shapes)
+        state = make[memory]().copy_(given)
+        y = pyseq.causal_conv1d_step(state, x, w, b, activation="silu")
+        exact, last = pyseq.causal_conv1d(x[:, None], w, b, activation="silu", state=given, return_state=True)
+        assert torch.equal(y, exact[:, 0]) and torch.equal(state, last)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_step_takes_a_bfloat16_state(dtype):
-    x, w, state = torch.randn(2, 19).to(dtype), torch.randn(19, 4), torch.randn(2, 19, 3).bfloat16()
-    given = state.clone()
-    y = pyseq.causal_conv1d_step(state, x, w)
-    assert torch.equal(y, pyseq.causal_conv1d(x[:, None], w, state=given.float())[:, 0])
-    assert torch.equal(state, torch.cat([given[..., 1:], x.bfloat16()[..., None]], -1))
+def test_a_step_takes_a_bfloat16_state(dtype, backend):
+    with on(backend) as device:
+        x, w = torch.randn(2, 19, device=device).to(dtype), torch.randn(19, 4, device=device)
+        state = torch.randn(2, 19, 3, device=device).bfloat16()
+        given = state.clone()
+        y = pyseq.causal_conv1d_step(state, x, w)
+        assert torch.equal(y, pyseq.causal_conv1d(x[:, None], w, state=given.float())[:, 0])
+        assert torch.equal(state, torch.cat([given[..., 1:], x.bfloat16()[..., None]], -1))
 
 
 def test_a_step_refuses_a_gradient():
@@ -103,16 +110,65 @@ def test_a_step_refuses_a_gradient():
         pyseq.causal_conv1d_step(state, x, w)
 
 
+# Whole aligned vectors of channels take the kernel of their width on a GPU, all else the general one.
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
+@pytest.mark.parametrize("width", range(1, 10))
+@pytest.mark.parametrize("lengths", [None, (3, 0, 17, 1, 2, 0, 7)], ids=["one", "packed"])
+def test_both_kernels_give_the_same_bits(lengths, width, backend):
+    channels, time = 24, 30
+    options = {"activation": "silu", "return_state": True}
+    with on(backend) as device:
+        if lengths:
+            options["cu_seqlens"] = torch.tensor([0, *lengths], device=device).cumsum(0)
+        x, w, b = (torch.randn(*s, device=device) for s in ((1, time, channels), (channels, width), (channels,)))
+        state = torch.randn(len(lengths or (time,)), channels, width - 1, device=device)
+        odd = torch.full((1, time, channels + 3), float("nan"), device=device)
+        odd[..., 1 : 1 + channels] = x
+        odd = odd[..., 1 : 1 + channels]
+        for dtype in testing.DTYPES:
+            leaves = [t.detach().to(d).requires_grad_() for t, d in ((x, dtype), (w, w.dtype), (b, b.dtype))]
+            whole = pyseq.causal_conv1d(*leaves, state=state, **options)
+            apart = pyseq.causal_conv1d(odd.to(dtype), w, b, state=state, **options)
+            assert torch.equal(whole[0], apart[0]) and torch.equal(whole[1], apart[1])
+            doubles = [t.detach().double().requires_grad_() for t in leaves]
+            exact = reference.causal_conv1d(*doubles, state=state.double(), **options)
+            dy = torch.randn_like(x).to(dtype)
+            grads = torch.autograd.grad(exact[0], doubles, dy.double())
+            for name, a, e in zip("xwb", torch.autograd.grad(whole[0], leaves, dy), grads, strict=True):
+                assert_close(a, e, f"d{name}", "gradient")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("channels", "width"), [(16, 4), (16, 2), (7, 3), (16, 6)])
+def test_bits_do_not_depend_on_the_cut(channels, width, backend):
+    time, options = 41, {"activation": "silu", "return_state": True}
+    with on(backend) as device:
+        x, w, b = (torch.randn(*s, device=device) for s in ((1, time, channels), (channels, width), (channels,)))
+        given = torch.randn(1, channels, width - 1, device=device)
+        y, last = pyseq.causal_conv1d(x, w, b, state=given, **options)
+        for at in (0, 1, 2, 8, 19, time):
+            y1, state = pyseq.causal_conv1d(x[:, :at], w, b, state=given, **options)
+            y2, state = pyseq.causal_conv1d(x[:, at:], w, b, state=state, **options)
+            assert torch.equal(torch.cat([y1, y2], 1), y) and torch.equal(state, last)
+        state = given.clone()
+        steps = [pyseq.causal_conv1d_step(state, x[:, t], w, b, activation="silu") for t in range(time)]
+        assert torch.equal(torch.stack(steps, 1), y) and torch.equal(state, last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [5, 16])
 @pytest.mark.parametrize("bounds", [[0, 9, 5], [0, 2**40, 8], [-5, 3, 8], [1, 4, 8], [0, 3, 7], [8, 0, 8]])
-def test_lengths_that_are_not_read_beforehand_give_nan(bounds):
+def test_lengths_that_are_not_read_beforehand_give_nan(bounds, channels, backend):
     """Under compile and export nothing reads cu_seqlens: the kernel stays inside x and leaves no plausible result."""
-    x, w, b = torch.randn(1, 8, 5), torch.randn(5, 4), torch.randn(5)
-    cu_seqlens = torch.tensor(bounds)
-    kernels = _library.REGISTRY["causal_conv1d"].active
-    y, state = kernels.forward(x, w, b, None, cu_seqlens, True, True)
-    assert y.isnan().all() and state.isnan().all()
-    for grad in kernels.backward(y, state, x, w, b, state, cu_seqlens, True):
-        assert grad.isnan().all()
+    with on(backend) as device:
+        x, w, b = (torch.randn(*s, device=device) for s in ((1, 8, channels), (channels, 4), (channels,)))
+        cu_seqlens = torch.tensor(bounds, device=device)
+        kernels = _library.REGISTRY["causal_conv1d"].active
+        y, state = kernels.forward(x, w, b, None, cu_seqlens, True, True)
+        assert y.isnan().all() and state.isnan().all()
+        for grad in kernels.backward(y, state, x, w, b, state, cu_seqlens, True):
+            assert grad.isnan().all()
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [

@@ -105,19 +105,23 @@ def longest_path(graph: list[Block], body: set[int], first: int, inner: dict[int
     """
     outermost_last = sorted(inner.items(), key=lambda item: len(item[1]))
     owner = {block: f for f, blocks_of_loop in outermost_last for block in blocks_of_loop}
-    found: dict[int, list[str] | None] = {}
-
-    def walk(node: int) -> list[str] | None:   # None: leads nowhere, or is being walked
-        if node in found:
-            return found[node]
-        found[node] = None
-        members = {b for b, f in owner.items() if f == node} or {node}
-        after = {s for m in members for s in graph[m].successors}
-        following = {owner.get(s, s) for s in after & body} - {node}
-        paths = [p for s in sorted(following - {first}) if (p := walk(s)) is not None]
-        if paths or first in after or not after:
-            own = [] if node in inner else graph[node].opcodes
-            found[node] = own + max(paths, key=len, default=[])
-        return found[node]
-
-    return walk(owner.get(first, first)) or []
+    members: dict[int, set[int]] = {}
+    for block in body:
+        members.setdefault(owner.get(block, block), set()).add(block)
+    longest: dict[int, int] = {}              # instructions from a block on, if a path goes on from it to the end
+    step: dict[int, int | None] = {}          # where that path goes
+    for node in reversed(_reachable(graph)):  # what follows a block comes before it, but for the ways back
+        if node not in members:
+            continue
+        after = {s for m in members[node] for s in graph[m].successors}
+        ways = {owner.get(s, s) for s in after & body} - {node, first}
+        on = max((w for w in sorted(ways) if w in longest), key=lambda w: longest[w], default=None)
+        if on is not None or first in after or not after:
+            own = 0 if node in inner else len(graph[node].opcodes)
+            longest[node], step[node] = own + (longest[on] if on is not None else 0), on
+    opcodes: list[str] = []
+    at: int | None = owner.get(first, first)
+    while at is not None and at in step:
+        opcodes += [] if at in inner else graph[at].opcodes
+        at = step[at]
+    return opcodes

@@ -57,13 +57,15 @@ class Prediction:
     slots: float                 # issue slots per unit of the work and lane
 
 
-def loop_with(marker: str, loops: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the loops with the instruction, and without those after a minus, the one that issues least for each of it."""
-    wanted, *without = marker.replace(" -", " ").split()
-    found = [loop for loop in loops if wanted in loop and not any(kind in loop for kind in without)]
+def loop_with(name: str, loops: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """The loop of that name, see benchmarks/workloads.py, and how many it has of the first instruction in its name."""
+    kind, *others = name.split()
+    found = [loop for loop in loops
+             if kind in loop and all((other.lstrip("-") in loop) != other.startswith("-") for other in others)]
     if not found:
-        raise KeyError(f"no loop has {marker}")
-    return min(found, key=lambda loop: loop["issued"] / loop[wanted])
+        raise KeyError(f"no loop has {name}")
+    loop = min(found, key=lambda loop: loop["issued"] / loop[kind])
+    return loop, loop[kind]
 
 
 def executed(budget: Mapping[str, Any], launch: Launch) -> Counter[str]:
@@ -71,9 +73,10 @@ def executed(budget: Mapping[str, Any], launch: Launch) -> Counter[str]:
     counts: Counter[str] = Counter()
     warps = launch.blocks * -(-budget["threads"] // 32)
     parts = [(budget["outside"], warps)]
-    for marker, total in launch.loops.items():
-        loop = loop_with(marker, budget["loops"])
-        parts.append((loop, total / loop[marker.split()[0]]))
+    for name, total in launch.instructions.items():
+        loop, each = loop_with(name, budget["loops"])
+        parts.append((loop, total / each))
+    parts += [(loop_with(name, budget["loops"])[0], times) for name, times in launch.iterations.items()]
     for part, times in parts:
         for kind, n in part.items():
             if kind not in ("depth", "innermost"):

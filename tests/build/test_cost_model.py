@@ -50,14 +50,14 @@ def test_the_fullest_pipe_sets_the_time():
     assert seconds(card, {"issue": 133 * 4 * 1.98e6}, 133, 0)[0] == pytest.approx(2e-3)   # one multiprocessor has two
 
 
-def test_iterations_follow_from_the_instruction_that_marks_a_loop():
-    launch = predictions.Launch("kernel", blocks=3, bytes_moved=0, loops={"MUFU.EX2 -STG.16": 80, "STG.16": 30})
-    inner = [{"issued": 20, "MUFU.EX2": 4}, {"issued": 9, "MUFU.EX2": 1}, {"issued": 7, "MUFU.EX2": 1, "STG.16": 3}]
-    budget = {"threads": 64, "outside": {"issued": 5}, "loops": inner}
-    counts = predictions.executed(budget, launch)
-    assert counts == {"issued": 6 * 5 + 20 * 20 + 10 * 7, "MUFU.EX2": 80 + 10, "STG.16": 30}
+def test_iterations_follow_from_the_instruction_that_names_a_loop():
+    launch = predictions.Launch("kernel", blocks=3, bytes_moved=0, instructions={"MUFU.EX2 -STG.16": 80, "STG.16": 30},
+                                iterations={"MUFU.EX2 STG.16": 2})
+    loops = [{"issued": 20, "MUFU.EX2": 4}, {"issued": 9, "MUFU.EX2": 1}, {"issued": 7, "MUFU.EX2": 1, "STG.16": 3}]
+    counts = predictions.executed({"threads": 64, "outside": {"issued": 5}, "loops": loops}, launch)
+    assert counts == {"issued": 6 * 5 + 20 * 20 + (10 + 2) * 7, "MUFU.EX2": 80 + 10 + 2, "STG.16": 30 + 2 * 3}
     with pytest.raises(KeyError, match="no loop has SHFL"):
-        predictions.loop_with("SHFL", inner)
+        predictions.loop_with("SHFL", loops)
 
 
 def test_the_page_is_what_the_budgets_say():

@@ -8,6 +8,7 @@ namespace pyseq {
 
 namespace causal_conv1d { void cpu(Library&); void cuda(Library&); }
 namespace linear { void cpu(Library&); }
+namespace mamba_step { void cpu(Library&); void cuda(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
 namespace selective_scan { void cpu(Library&); }
 
@@ -21,6 +22,7 @@ struct Entry {
 constexpr Entry kCpu[] = {
     {"causal_conv1d", causal_conv1d::cpu},
     {"linear", linear::cpu},
+    {"mamba_step", mamba_step::cpu},
     {"rms_norm_gated", rms_norm_gated::cpu},
     {"selective_scan", selective_scan::cpu},
 };
@@ -28,6 +30,7 @@ constexpr Entry kCpu[] = {
 #ifdef PYSEQ_WITH_CUDA
 constexpr Entry kCuda[] = {
     {"causal_conv1d", causal_conv1d::cuda},
+    {"mamba_step", mamba_step::cuda},
     {"rms_norm_gated", rms_norm_gated::cuda},
 };
 #endif

@@ -16,6 +16,7 @@ from .layers.mamba import Mamba
 from .models.pretrained import from_pretrained
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.linear import PackedLinear, linear, pack_linear
+from .ops.mamba_step import mamba_step
 from .ops.rms_norm_gated import rms_norm_gated
 from .ops.selective_scan import selective_scan, selective_scan_step
 
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "from_pretrained",
     "linear",
+    "mamba_step",
     "models",
     "pack_linear",
     "reference",

@@ -41,12 +41,22 @@ def use_namespace(namespace: str) -> Iterator[None]:
         _namespace = previous
 
 
+def runs_on_gpu(t: torch.Tensor) -> bool:
+    """Whether calls on `t` run the kernels made for a GPU: it is on one, or the emulator stands in for it."""
+    return t.is_cuda or _namespace == "pyseq_simt"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One operator: its schema after the name, and what its outputs look like."""
 
     schema: str
     fake: Callable[..., Any]
+
+
+def operator(op: str, kind: str) -> str:
+    """What torch calls a kernel. An op that is only a step, `<layer>_step`, says so in its own name already."""
+    return op if op == f"{op.removesuffix('_step')}_{kind}" else f"{op}_{kind}"
 
 
 class Kernels:
@@ -60,7 +70,7 @@ class Kernels:
         self._op, self._namespace = op, namespace
 
     def _add(self, kind: str, kernel: Kernel, save: Callable | None, gradient: Callable | None) -> None:
-        name = f"{self._op}_{kind}"
+        name = operator(self._op, kind)
         library = _LIBRARIES[self._namespace]
         library.define(name + kernel.schema, tags=_TAGS)
         torch.library.register_fake(f"{self._namespace}::{name}", kernel.fake, lib=library)
@@ -141,6 +151,7 @@ class Op:
     packs: bool = False             # takes cu_seqlens
     split_exact: bool = False       # forward bits do not depend on how a sequence is split
     float32: tuple[str, ...] = ()   # arguments read as float32 whatever they are: weights, A, D, biases
+    updates: tuple[str, ...] = ()   # of an op that is only a step: the arguments that it writes to
     cublas: bool = False            # on CUDA the op is torch's own
     notes: Callable[[dict[str, Any]], list[str]] | None = None   # what explain() says about a call, if not the usual
 
@@ -151,6 +162,11 @@ class Op:
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(kind for kind in ("forward", "backward", "step") if hasattr(self.kernels["pyseq"], kind))
+
+    @property
+    def differentiable(self) -> bool:
+        """False for an op that is only a step: its `function` is that step."""
+        return "backward" in self.kinds
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -166,13 +182,13 @@ REGISTRY: dict[str, Op] = {}
 def define(
     name: str,
     *,
-    forward: Kernel,
-    backward: Kernel,
+    forward: Kernel | None = None,
+    backward: Kernel | None = None,
     step: Kernel | None = None,
-    save: Callable[[Any, tuple, Any], None],
-    gradient: Callable[..., Any],
+    save: Callable[[Any, tuple, Any], None] = _save_nothing,
+    gradient: Callable[..., Any] | None = None,
 ) -> Op:
-    """Registers the kernels of an op and enters it into REGISTRY.
+    """Registers the kernels of an op and enters it into REGISTRY: forward, backward and gradient, or only a step.
 
     `save(ctx, inputs, output)` keeps what the gradient needs. `gradient(kernels, ctx, *grads)` calls
     `kernels.backward`, so that the gradient of an emulated forward runs emulated too; grads may be None.
@@ -180,8 +196,9 @@ def define(
     op = Op(name)
     for namespace in _LIBRARIES:
         kernels = op.kernels[namespace] = Kernels(name, namespace)
-        kernels._add("backward", backward, None, _once_only(name))
-        kernels._add("forward", forward, save, _bind(gradient, kernels))
+        if forward is not None and backward is not None and gradient is not None:
+            kernels._add("backward", backward, None, _once_only(name))
+            kernels._add("forward", forward, save, _bind(gradient, kernels))
         if step is not None:
             kernels._add("step", step, None, None)
     REGISTRY[name] = op
@@ -192,10 +209,10 @@ def _bind(gradient: Callable, kernels: Kernels) -> Callable:
     return lambda ctx, *grads: gradient(kernels, ctx, *grads)
 
 
-def refuse_gradient(step: str, tensors: Sequence[torch.Tensor | None]) -> None:
+def refuse_gradient(step: str, tensors: Sequence[torch.Tensor | None], instead: str | None = None) -> None:
     """A step updates its state in place and has no gradient: asking for one must not be silently ignored."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"pyseq.{step} has no gradient, and an input requires grad: call it under torch.no_grad(), "
-            f"or pyseq.{step.removesuffix('_step')} on a sequence of length 1"
+            + (instead or f"or pyseq.{step.removesuffix('_step')} on a sequence of length 1")
         )

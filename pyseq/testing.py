@@ -106,6 +106,20 @@ def expected(op: Op, arguments: dict[str, Any]) -> tuple[tuple[torch.Tensor, ...
     return gradients(reference_of(op), wide)
 
 
+def updated(function: Any, op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """For an op that is only a step: y and the tensors that it updates, from copies of those in `arguments`."""
+    arguments = arguments | {name: arguments[name].clone() for name in op.updates}
+    with torch.no_grad():
+        y = function(**arguments)
+    return y, *(arguments[name] for name in op.updates)
+
+
+def expected_update(op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The same of the reference in float64, on the values that `arguments` hold after rounding."""
+    wide = prepare(cast(prepare(arguments, "cpu", requires_grad=False), torch.float64, ()), "cpu", requires_grad=False)
+    return updated(reference_of(op), op, wide)
+
+
 def error(actual: torch.Tensor, exact: torch.Tensor, kind: str = "output") -> float:
     """The largest error in units of what is allowed: at most 1 passes. NaN or infinity where `exact` is finite: inf.
 

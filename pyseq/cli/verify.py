@@ -19,26 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class Errors:
-    """The largest errors of an op over its samples, in units of what rounding explains: above 1 is wrong."""
+    """The largest errors of an op over its samples, in units of what rounding explains: above 1 is wrong.
+
+    None: the op has no such kernel.
+    """
 
     op: str
     backend: str
     dtype: str
-    forward: float = 0.0
-    gradients: float = 0.0
+    forward: float | None = None
+    gradients: float | None = None
     step: float | None = None
     worst: str = ""  # the sample with the largest of them
 
     @property
     def largest(self) -> float:
-        return max(self.forward, self.gradients, self.step or 0.0)
+        return _largest(self.forward, self.gradients, self.step) or 0.0
 
-    def take(self, sample: str, forward: float, gradients: float, step: float | None) -> None:
-        if max(forward, gradients, step or 0.0) >= self.largest:
+    def take(self, sample: str, forward: float | None, gradients: float | None, step: float | None) -> None:
+        if (_largest(forward, gradients, step) or 0.0) >= self.largest:
             self.worst = sample
-        self.forward, self.gradients = max(self.forward, forward), max(self.gradients, gradients)
-        if step is not None:
-            self.step = max(self.step or 0.0, step)
+        self.forward = _largest(self.forward, forward)
+        self.gradients = _largest(self.gradients, gradients)
+        self.step = _largest(self.step, step)
+
+
+def _largest(*errors: float | None) -> float | None:
+    return max((e for e in errors if e is not None), default=None)
 
 
 @clear_failures
@@ -95,12 +102,20 @@ def table(rows: Any) -> Table:
     return shown
 
 
-def errors(op: Op, sample: Sample, backend: str, dtype: torch.dtype) -> tuple[float, float, float | None]:
+def errors(
+    op: Op, sample: Sample, backend: str, dtype: torch.dtype
+) -> tuple[float | None, float | None, float | None]:
     """Forward, gradients, step."""
     from pyseq import testing
     from pyseq.samples import cast
 
     arguments = testing.prepare(cast(sample.draw(), dtype, op.float32), "cpu", requires_grad=False)
+    if not op.differentiable:
+        with testing.on(backend) as device:
+            moved = testing.prepare(arguments, device, requires_grad=False)
+            actual = testing.updated(op.function, op, moved)
+        expected = testing.expected_update(op, arguments)
+        return None, None, max(testing.error(a, e) for a, e in zip(actual, expected, strict=True))
     exact, exact_gradients = testing.expected(op, arguments)
     with testing.on(backend) as device:
         outputs, gradients = testing.gradients(op.function, testing.prepare(arguments, device, requires_grad=True))

@@ -83,6 +83,27 @@ def rms_norm_gated(dtype: torch.dtype, device: str) -> list[Work]:
     return _training(pyseq.rms_norm_gated, {"x": x, "weight": _normal(D_MODEL, device=device), "residual": residual})
 
 
+def mamba_step(dtype: torch.dtype, device: str) -> list[Work]:
+    """Between the projections of the layer; the weights are of the data's type."""
+    rank = D_MODEL // 16
+    data = {name: _normal(1, D, device=device, dtype=dtype) for name in ("x", "z")}
+    data |= {
+        "conv_state": _normal(1, D, W - 1, device=device),
+        "conv_weight": _normal(D, W, device=device, dtype=dtype),
+        "conv_bias": _normal(D, device=device, dtype=dtype),
+        "x_proj_weight": _normal(rank + 2 * N, D, device=device, dtype=dtype) / D**0.5,
+        "dt_proj_weight": _normal(D, rank, device=device, dtype=dtype) / rank**0.5,
+        "dt_bias": _normal(D, device=device) - 4,
+        "A": -_normal(D, N, device=device).exp(),
+        "D": _normal(D, device=device),
+    }
+
+    def function(state: Tensor, **arguments: Any) -> Tensor:
+        return pyseq.mamba_step(state=state, **arguments)
+
+    return [_step(function, _normal(1, D, N, device=device), data)]
+
+
 def linear(dtype: torch.dtype, device: str) -> list[Work]:
     """The first projection of the layer, [2 D, d_model], its weight packed: bytes are dominated by the weight."""
     kind = torch.float32 if dtype == torch.float16 else dtype  # weights are float32 or bfloat16
@@ -106,4 +127,5 @@ WORKLOADS: dict[str, Callable[[torch.dtype, str], list[Work]]] = {
     "selective_scan": selective_scan,
     "rms_norm_gated": rms_norm_gated,
     "linear": linear,
+    "mamba_step": mamba_step,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pyseq._library import REGISTRY
+from pyseq._library import REGISTRY, runs_on_gpu
 from pyseq.ops.linear import PackedLinear, linear, pack_linear
 
 Tensor = torch.Tensor
@@ -87,4 +87,4 @@ class Embedding(Packable, torch.nn.Embedding):
 
 def in_kernels(weight: Tensor) -> bool:
     """Whether layers with such a weight run in this package's CPU kernels, so that a loop may call them directly."""
-    return weight.device.type == "cpu" and weight.dtype != torch.float64
+    return weight.device.type == "cpu" and weight.dtype != torch.float64 and not runs_on_gpu(weight)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyseq._library import REGISTRY
+from pyseq._library import REGISTRY, runs_on_gpu
 from pyseq.layers.linear import Linear, in_kernels
 from pyseq.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pyseq.ops.rms_norm_gated import rms_norm_gated
@@ -139,6 +139,8 @@ class Mamba(torch.nn.Module):
             y, state = self(x[:, None], state)
             return y[:, 0], state
         u, z = self.in_proj(x).chunk(2, dim=-1)
+        if self._fuses():
+            return self.out_proj(self._fused(state)(u, z)), state
         u = causal_conv1d_step(state.conv, u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         dt, B, C = self.select(u)
         y = selective_scan_step(state.scan, u, dt, self.A(), B, C, self.D, z, self.dt_proj.bias, dt_softplus=True)
@@ -146,10 +148,13 @@ class Mamba(torch.nn.Module):
 
     def stepper(self, state: MambaState) -> Callable[[torch.Tensor], torch.Tensor]:
         """x [B, d_model] -> y for a loop in inference mode: `step` without its checks, its constants computed once."""
+        in_proj, out_proj = self.in_proj.stepper(self.in_proj.bias), self.out_proj.stepper(self.out_proj.bias)
+        if self._fuses():
+            between = self._fused(state)
+            return lambda x: out_proj(between(*in_proj(x).chunk(2, -1)))
         if not in_kernels(self.A_log):
             return lambda x: self.step(x, state)[0]
         conv_step, scan_step = REGISTRY["causal_conv1d"].active.step, REGISTRY["selective_scan"].active.step
-        in_proj, out_proj = self.in_proj.stepper(self.in_proj.bias), self.out_proj.stepper(self.out_proj.bias)
         x_proj, dt_proj = self.x_proj.stepper(), self.dt_proj.stepper()
         weight, conv_bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         A, D, dt_bias, parts = self.A(), self.D, self.dt_proj.bias, [self.dt_rank, self.d_state, self.d_state]
@@ -165,6 +170,19 @@ class Mamba(torch.nn.Module):
             return out_proj(scan_step(scan, u, dt_proj(dt), A, B, C, D, z, dt_bias, True))
 
         return step
+
+    def _fuses(self) -> bool:
+        """On a GPU all between the two large projections is one op. On a CPU the ops run one by one: as fast for one
+        row, faster for more, and bit for bit what the sequence form gives.
+        """
+        return runs_on_gpu(self.A_log) and self.A_log.dtype != torch.float64 and self.x_proj.packed is None
+
+    def _fused(self, state: MambaState) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """u, z [B, D] -> <C, h> .. silu(z); `state` is updated in place."""
+        kernel, eps = REGISTRY["mamba_step"].active.step, self.mixer_rms_eps
+        weight = self.conv1d.weight.squeeze(1)
+        weights = weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A(), self.D
+        return lambda u, z: kernel(*state, u, z, *weights, eps)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyseq.models import sampling
 from pyseq.models import state as states
 from pyseq.models.checks import check_ids, check_mask
+from pyseq.models.decoding import Decoding, Sampling
+from pyseq.models.replay import Replay, graphs_for
 
 if TYPE_CHECKING:
     from pyseq.models.causal_lm import CausalLM
+
+_CHUNK = 4096  # tokens of a prompt in one pass
+_LOOK_EVERY = 16  # tokens between looks at a GPU, which would wait for each
 
 
 def generate(
@@ -46,6 +50,10 @@ def generate(
     state: continue after this state; input_ids are then the tokens that follow it. It is not changed.
     return_state: return (ids, state) instead; the state has taken in every token of a row but its last, so that
     generate(ids[:, -1:], n, state=state) goes on where this call stopped.
+
+    On CUDA the step, with the choice of its token, is captured into a graph and replayed. The host looks at the device
+    at every token if `stop` or `stream` is given, else at every 16th: up to 15 tokens may be computed in vain after the
+    last row ended at `eos_token_id`, and are dropped.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     check_ids(input_ids, model.config.padded_vocab_size)
@@ -57,79 +65,49 @@ def generate(
             raise ValueError("attention_mask must leave at least one token in every row, the last")
     ends = _end_tokens(model, eos_token_id)
     stops = _Stops(model, stop, len(input_ids))
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-
-    def choose(logits: torch.Tensor) -> torch.Tensor:
-        return sampling.sample(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    seen = None if repetition_penalty == 1 else _seen(model, input_ids, attention_mask)
     if max_new_tokens == 0:
         before = None if attention_mask is None else attention_mask[:, :-1]
         with torch.no_grad():
-            state = model(input_ids[:, :-1], state, attention_mask=before).state if return_state else None
+            state = _prefill(model, input_ids[:, :-1], state, before).state if return_state else None
         return (input_ids.long(), state) if return_state else input_ids.long()
+    options = Sampling(temperature, top_k, top_p, repetition_penalty)
+    graphs = graphs_for(input_ids.device)
+    every = 1 if graphs is None or stops.asked or stream is not None else _LOOK_EVERY
     with torch.inference_mode():
-        output = model(input_ids, state, attention_mask=attention_mask, logits_to_keep=1)
-        run = _Run(model, output.state, input_ids, max_new_tokens, ends, stops, return_state)
-        logits, step = output.logits[:, 0], model.stepper(output.state)
-        while run.open:
-            logits = logits[:, : model.config.vocab_size]
-            if seen is not None:
-                logits = sampling.penalise(logits, seen[:, : model.config.vocab_size], repetition_penalty)
-            if not bool(logits.amax(-1).isfinite().all()):
-                raise ValueError("logits are not finite: the weights or the state hold nan or inf")
-            token = run.append(choose(logits))
-            if seen is not None:
-                seen.scatter_(1, token[:, None], True)
+        output = _prefill(model, input_ids, state, attention_mask)
+        run = Decoding(
+            model, output.state, input_ids, attention_mask, max_new_tokens, ends, options, seed,
+            keep_ended=return_state and bool(ends or stops.asked),
+        )  # fmt: skip
+        run.prepare()
+        run.take(output.logits[:, 0])
+        advance = Replay(run.advance, graphs)
+        while True:
+            token = run.record()
+            if stops.asked:
+                run.done.logical_or_(stops.matches(run.new, ~run.done))
+            look = run.full or (run.end - run.start) % every == 0
+            done = look and run.all_done()
             if stream is not None:
                 stream(token.clone())
-            if run.open:
-                logits = step(token)
+            if run.full or done:
+                break
+            run.prepare()
+            advance()
+        if done and every > 1:
+            run.drop_padding()
     ids = run.ids[:, : run.end].clone()  # outside inference mode, so that autograd may use what is returned
     return (ids, states.clone(run.result_state())) if return_state else ids
 
 
-class _Run:
-    """The rows of one call: their tokens, which have ended, and the states of those that have."""
-
-    def __init__(
-        self, model: CausalLM, state: Any, prompt: torch.Tensor, n: int, ends: list[int], stops: _Stops, keep: bool
-    ) -> None:
-        batch, self.start = prompt.shape
-        pad = next((t for t in [model.config.pad_token_id, *ends] if t is not None), 0)
-        self.ids = torch.full((batch, self.start + n), pad, dtype=torch.int64, device=prompt.device)
-        self.ids[:, : self.start] = prompt
-        self.end = self.start
-        self.pad, self.stops, self.keep, self.state = pad, stops, keep, state
-        self.ends = torch.tensor(ends, device=prompt.device) if ends else None
-        self.done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-        self.final: Any = None  # the states of the rows that ended, as they were then
-
-    @property
-    def open(self) -> bool:
-        return self.end < self.ids.shape[1] and not bool(self.done.all())
-
-    def append(self, token: torch.Tensor) -> torch.Tensor:
-        token = torch.where(self.done, self.pad, token)
-        self.ids[:, self.end] = token
-        self.end += 1
-        ended = self.stops.matches(self.ids[:, self.start : self.end], ~self.done)
-        if self.ends is not None:
-            ended |= torch.isin(token, self.ends)
-        ended &= ~self.done
-        if self.keep and bool(ended.any()):
-            if self.final is None:
-                self.final = states.clone(self.state)
-            states.copy_(self.final, self.state, ended)
-        self.done = self.done | ended
-        return token
-
-    def result_state(self) -> Any:
-        return self.state if self.final is None else states.copy_(states.clone(self.state), self.final, self.done)
+def _prefill(model: CausalLM, ids: torch.Tensor, state: Any, mask: torch.Tensor | None) -> Any:
+    """The prompt, in chunks that bound the memory; the logits of the last token."""
+    for begin in range(0, max(ids.shape[1], 1), _CHUNK):
+        piece = slice(begin, begin + _CHUNK)
+        kept = None if mask is None else mask[:, piece]
+        output = model(ids[:, piece], state, attention_mask=kept, logits_to_keep=1)
+        state = output.state
+    return output
 
 
 class _Stops:
@@ -150,15 +128,17 @@ class _Stops:
         self.tails = [""] * batch
         self.longest_text = max(map(len, self.texts), default=0)
         self.longest_sequence = max(map(len, self.sequences), default=0)
+        self.asked = bool(items)
 
     def matches(self, new: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """new [B, n], the new tokens so far; `rows` [B], those to look at. To be called once per token."""
-        found = torch.zeros_like(rows)
-        if self.sequences or self.texts:
-            for row in rows.nonzero()[:, 0].tolist():
-                tokens = new[row, -self.longest_sequence :].tolist() if self.sequences else []
-                found[row] = any(tokens[-len(s) :] == s for s in self.sequences) or self._text(row, int(new[row, -1]))
-        return found
+        found = [False] * len(rows)
+        tails = new[:, -max(self.longest_sequence, 1) :].tolist()
+        for row, wanted in enumerate(rows.tolist()):
+            if wanted:
+                tail = tails[row]
+                found[row] = any(tail[-len(s) :] == s for s in self.sequences) or self._text(row, tail[-1])
+        return torch.tensor(found, device=rows.device)
 
     def _text(self, row: int, token: int) -> bool:
         if not self.texts:
@@ -166,14 +146,6 @@ class _Stops:
         text = self.tails[row] + self.decoders[row].push(token)
         self.tails[row] = text[-self.longest_text :]
         return any(stop in text for stop in self.texts)
-
-
-def _seen(model: CausalLM, prompt: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[B, padded vocab], true for the tokens of each row's prompt."""
-    seen = torch.zeros(len(prompt), model.config.padded_vocab_size, dtype=torch.bool, device=prompt.device)
-    for row, ids in enumerate(prompt):
-        seen[row, (ids if mask is None else ids[mask[row].bool()]).long()] = True
-    return seen
 
 
 def _end_tokens(model: CausalLM, eos: int | Sequence[int] | str | None) -> list[int]:

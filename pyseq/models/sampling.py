@@ -26,9 +26,10 @@ def candidates(
             return scaled.softmax(-1), None
         scaled, ids = scaled.topk(k)
         return scaled.softmax(-1), ids
-    # Sorting a whole vocabulary costs more than a small model's step; the nucleus is mostly among the first few.
+    # Sorting a whole vocabulary costs more than a small model's step; the nucleus is mostly among the first few. On a
+    # GPU to look whether it is costs more, and a captured graph cannot look.
     total = (scaled if k == vocab else scaled.topk(k)[0]).exp().sum(-1, keepdim=True)
-    n = min(k, 64)
+    n = k if scaled.is_cuda else min(k, 64)
     while True:
         values, ids = scaled.topk(n)
         probs = values.exp() / total
@@ -39,26 +40,25 @@ def candidates(
         n = min(k, 8 * n)
 
 
-def draw(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One index per row, by inverting the cumulative distribution. Never one of probability 0."""
+def draw(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """One index per row, by inverting the cumulative distribution at u [B, 1] in [0, 1). Never one of probability 0."""
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
-    u = torch.rand(probs.shape[0], 1, generator=generator, device=generator.device).to(probs.device) * total
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
+    u = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, u, right=True)[:, 0]
 
 
 def sample(
     logits: torch.Tensor,
-    generator: torch.Generator,
+    u: torch.Tensor,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> torch.Tensor:
-    """logits [B, V] -> ids [B]. Temperature 0 takes the largest, the first of equals."""
+    """logits [B, V], u [B, 1] uniform in [0, 1) -> ids [B]. Temperature 0 takes the largest, the first of equals."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, ids = candidates(logits, temperature, top_k, top_p)
-    drawn = draw(probs, generator)
+    drawn = draw(probs, u)
     return drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]

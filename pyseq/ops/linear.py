@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import _C, reference
-from .._library import _LIBRARIES, _TAGS, Kernel, define
+from .._library import _LIBRARIES, _TAGS, Kernel, define, runs_on_gpu
 from ._check import Dims
 
 _PANEL = 32   # outputs side by side in packed memory
@@ -172,7 +172,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PackedLinear, bias: torch.Ten
     if x.dtype == torch.float64:
         return reference.linear(x, weight, bias)
     data = weight.panels if isinstance(weight, PackedLinear) else weight
-    if x.is_cuda:
+    if runs_on_gpu(x):
         return _on_cuda(x, data, bias)
     return _OP.active.forward(x, data, bias, weight.shape[0])
 

@@ -2,6 +2,7 @@
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .linear import linear
+from .mamba_step import mamba_step
 from .rms_norm_gated import rms_norm_gated
 from .selective_scan import selective_scan, selective_scan_step
 
@@ -9,6 +10,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "linear",
+    "mamba_step",
     "rms_norm_gated",
     "selective_scan",
     "selective_scan_step",

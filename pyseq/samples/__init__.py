@@ -41,7 +41,7 @@ def cast(arguments: dict[str, Any], dtype: torch.dtype, float32: tuple[str, ...]
             return tuple(one(name, v) for v in value)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        wide = dtype == torch.float64 or not (name == "state" or name in float32)
+        wide = dtype == torch.float64 or not (name.endswith("state") or name in float32)
         return value.to(dtype if wide else torch.float32)
 
     return {name: one(name, value) for name, value in arguments.items()}

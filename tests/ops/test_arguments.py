@@ -95,7 +95,7 @@ def test_wrong_cu_seqlens_are_refused(op, data):
             op.function(**arguments)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if "step" in op.kinds], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS if op.step is not None], ids=lambda op: op.name)
 def test_a_step_with_grad_mode_on_is_refused(op):
     sample = next(s for s in samples(op.name) if s.small and s.draw()[op.time[0]].shape[1] > 0)
     arguments = arguments_of(op, sample) | {"return_state": True}
@@ -111,7 +111,7 @@ def test_a_step_with_grad_mode_on_is_refused(op):
         op.step(state, **token, **options)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if "step" in op.kinds], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS if op.step is not None], ids=lambda op: op.name)
 def test_a_float64_state_needs_float64_data(op):
     """No call is sent to the reference, which is slow, by the dtype of its state."""
     sample = next(s for s in samples(op.name) if s.small and s.draw()[op.time[0]].shape[1] > 0)

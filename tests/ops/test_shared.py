@@ -1,6 +1,7 @@
 """The tests that every op passes on every backend, driven by REGISTRY and pyseq.samples. Test files of single ops hold
 only what is theirs alone."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,11 @@ from pyseq._library import REGISTRY
 from pyseq.samples import cast, samples
 from pyseq.testing import as_tuple, assert_close, gradients, on, prepare
 
-OPS = list(REGISTRY.values())
+OPS = [op for op in REGISTRY.values() if op.differentiable]
+STEPS = [
+    pytest.param(op, s, backend, id=f"{s}-{backend}")
+    for op in REGISTRY.values() if not op.differentiable for s in samples(op.name) for backend in testing.backends(op)
+]
 CASES = [pytest.param(op, s, id=str(s)) for op in OPS for s in samples(op.name)]
 SMALL = [p for p in CASES if p.values[1].small]
 ON_BACKENDS = [
@@ -31,6 +36,12 @@ def drawn(op, sample, dtype=torch.float32, device="cpu", requires_grad=False):
 def assert_same(actual, exact, what):
     for k, (a, b) in enumerate(zip(as_tuple(actual), as_tuple(exact), strict=True)):
         assert a.dtype == b.dtype and torch.equal(a, b), f"{what}: output {k} differs in bits"
+
+
+def on_or_empty(backend, arguments):
+    """Nothing is launched where there is nothing to compute."""
+    rows = next(v for v in arguments.values() if isinstance(v, torch.Tensor)).shape[0]
+    return on(backend) if rows else contextlib.nullcontext("cuda" if backend == "cuda" else "cpu")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -278,3 +289,57 @@ def test_the_returned_state_is_new(op, sample, backend):
         before = None if arguments.get("state") is None else arguments["state"].clone()
         op.function(**arguments)
         assert before is None or torch.equal(before, arguments["state"])
+
+
+# ---- ops that are only a step ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "sample", "backend"), STEPS)
+def test_a_step_matches_float64(op, sample, backend, dtype):
+    arguments = drawn(op, sample, dtype)
+    exact = testing.expected_update(op, arguments)
+    with on_or_empty(backend, arguments) as device:
+        actual = testing.updated(op.function, op, prepare(arguments, device, requires_grad=False))
+    for k, (a, e) in enumerate(zip(actual, exact, strict=True)):
+        assert_close(a, e, f"output {k}")
+
+
+@pytest.mark.parametrize(("op", "sample", "backend"), STEPS)
+def test_the_weights_of_a_step_are_read_in_any_dtype(op, sample, backend):
+    arguments = drawn(op, sample)
+    for k, name in enumerate(op.float32):
+        if arguments[name] is not None:
+            arguments[name] = arguments[name].to((torch.bfloat16, torch.float16, torch.float64)[k % 3])
+    exact = testing.expected_update(op, arguments)
+    with on_or_empty(backend, arguments) as device:
+        actual = testing.updated(op.function, op, prepare(arguments, device, requires_grad=False))
+    for k, (a, e) in enumerate(zip(actual, exact, strict=True)):
+        assert_close(a, e, f"output {k}")
+
+
+@pytest.mark.parametrize("how", ["slice", "swapped", "every_other"])
+@pytest.mark.parametrize(("op", "sample", "backend"), STEPS)
+def test_the_strides_of_a_step_do_not_matter(op, sample, backend, how):
+    arguments = drawn(op, sample)
+    with on_or_empty(backend, arguments) as device, torch.no_grad():
+        plain = testing.updated(op.function, op, prepare(arguments, device, requires_grad=False))
+        moved = {n: scattered(v, how).to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+        y = op.function(**moved)
+    for a, b in zip((y, *(moved[n] for n in op.updates)), plain, strict=True):
+        assert torch.equal(a, b) or how == "every_other"   # copied first, so other loads add up in another order
+        assert_close(a, b.double(), how)
+
+
+@pytest.mark.parametrize(("op", "sample", "backend"), STEPS)
+def test_the_bits_of_a_step_depend_on_neither_run_nor_threads(op, sample, backend):
+    arguments, threads, runs = drawn(op, sample, torch.bfloat16), torch.get_num_threads(), []
+    try:
+        for n in (1, 1, 2, 5) if backend == "cpu" else (1, 1):
+            torch.set_num_threads(n)
+            with on_or_empty(backend, arguments) as device:
+                runs.append(testing.updated(op.function, op, prepare(arguments, device, requires_grad=False)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert_same(other, runs[0], "run or threads")

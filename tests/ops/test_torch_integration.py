@@ -6,11 +6,14 @@ from torch.autograd import forward_ad
 
 import pyseq
 from pyseq import testing
-from pyseq._library import _LIBRARIES, REGISTRY
+from pyseq._library import _LIBRARIES, REGISTRY, operator
 from pyseq.samples import cast, samples
 from pyseq.testing import as_tuple, gradients, prepare
 
-OPS = list(REGISTRY.values())
+EVERY = list(REGISTRY.values())
+OPS = [op for op in EVERY if op.differentiable]
+STEPS = [pytest.param(op, max((s for s in samples(op.name) if s.small), key=lambda s: len(s.draw())), id=op.name)
+         for op in EVERY if not op.differentiable]
 ONE_EACH = [pytest.param(op, max((s for s in samples(op.name) if s.small), key=lambda s: len(s.draw())), id=op.name)
             for op in OPS]
 SMALL = [pytest.param(op, s, id=str(s)) for op in OPS for s in samples(op.name) if s.small]
@@ -116,11 +119,11 @@ def test_vmap_raises_and_names_the_reference(op, sample):
     assert as_tuple(mapped)[0].shape[1:] == as_tuple(op.function(**arguments))[0].shape
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", EVERY, ids=lambda op: op.name)
 def test_every_namespace_has_the_same_schema(op):
     for kind in op.kinds:
         schemas = {
-            str(getattr(getattr(torch.ops, ns), f"{op.name}_{kind}").default._schema).replace(f"{ns}::", "")
+            str(getattr(getattr(torch.ops, ns), operator(op.name, kind)).default._schema).replace(f"{ns}::", "")
             for ns in _LIBRARIES
         }
         assert len(schemas) == 1
@@ -129,3 +132,29 @@ def test_every_namespace_has_the_same_schema(op):
 def test_explain_refuses_what_is_not_an_op():
     with pytest.raises(TypeError, match="rms_norm_gated"):
         pyseq.explain(torch.add)
+
+
+@pytest.mark.parametrize(("op", "sample"), STEPS)
+def test_a_step_alone_is_an_operator_like_any_other(monkeypatch, op, sample):
+    overload = getattr(torch.ops.pyseq, operator(op.name, "step")).default
+
+    def run():
+        testing.updated(op.function, op, drawn(op, sample))
+
+    for args in recorded(monkeypatch, op, "step", run):
+        torch.library.opcheck(overload, args)
+    plain = testing.updated(op.function, op, drawn(op, sample))
+    for backend in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        compiled = torch.compile(op.function, fullgraph=True, backend=backend)
+        for a, b in zip(testing.updated(compiled, op, drawn(op, sample)), plain, strict=True):
+            assert torch.equal(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = testing.updated(op.function, op, drawn(op, sample))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(inside, plain, strict=True))
+
+
+@pytest.mark.parametrize(("op", "sample"), STEPS)
+def test_a_step_alone_with_grad_mode_on_is_refused(op, sample):
+    with pytest.raises(RuntimeError, match=f"pyseq.{op.name} has no gradient"):
+        op.function(**drawn(op, sample, requires_grad=True))

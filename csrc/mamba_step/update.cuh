@@ -1,0 +1,65 @@
+// What both launches share: the convolution, and how a group of lanes shares out its sums.
+#pragma once
+#include "cuda/device.cuh"
+#include "cuda/math.cuh"
+#include "cuda/vector.cuh"
+#include "mamba_step/kernel.h"
+
+namespace pyseq {
+namespace {
+
+// The taps of one channel, or zeros: the first of them in registers, where widths in use end.
+constexpr int kTaps = 4;
+struct Channel {
+  float weight[kTaps] = {}, bias = 0.f;
+
+  __device__ Channel(const MambaStep& s, int64_t channel, bool exists) {
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) {
+      if (exists && k < s.width) weight[k] = load(s.conv_weight, channel * s.conv_weight.stride[0] + k);
+    }
+    if (exists && s.conv_bias) bias = load(s.conv_bias, channel);
+  }
+};
+
+// u of one channel of one row. With `shift` the samples move on by one: the thread that says so must be the only one there.
+template <bool shift>
+__device__ __forceinline__ float convolve(const MambaStep& s, const Channel& c, int64_t row, int64_t channel) {
+  const int64_t at = row * s.conv_state.stride[0] + channel * s.conv_state.stride[1], past = s.width - 1;
+  const float newest = load(s.x, row * s.x.stride[0] + channel);
+  float sample[kTaps], a = c.bias;
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) sample[k] = k < past ? load(s.conv_state, at + k) : k == past ? newest : 0.f;
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    a = fmaf(c.weight[k], sample[k], a);
+    if (shift && k > 0 && k <= past) store(s.conv_state, at + k - 1, sample[k]);
+  }
+  for (int64_t k = kTaps; k < s.width; ++k) {
+    const float v = k < past ? load(s.conv_state, at + k) : newest;
+    a = fmaf(load(s.conv_weight, channel * s.conv_weight.stride[0] + k), v, a);
+    if (shift) store(s.conv_state, at + k - 1, v);
+  }
+  return silu(a);
+}
+
+// Sums each of n values over groups of `lanes` neighbouring lanes, n a multiple of lanes, both powers of two. Lane q of a group is
+// left with the sums q n / lanes to (q + 1) n / lanes, from v[0] on: half of the values are given away for half of the others,
+// log2(lanes) times. All lanes of the warp must call.
+template <int lanes, int n> __device__ __forceinline__ void share_sums(float (&v)[n]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int bit = lanes / 2, half = n / 2; bit > 0; bit /= 2, half /= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      if (i < half) {
+        const float mine = upper ? v[i + half] : v[i], other = upper ? v[i] : v[i + half];
+        v[i] = mine + __shfl_xor_sync(~0u, other, bit);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyseq

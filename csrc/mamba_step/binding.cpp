@@ -26,7 +26,8 @@ void on_cpu(MambaStep& s, const Tensor& like) {
   const int64_t tiles = s.batch * PYSEQ_DISPATCH(mamba_step_tiles)(s.dim), fours = (s.outputs() + 3) / 4;
   const int64_t grain = 1 + 2400 / (s.states + s.rank + 4);   // about 20 us each
   parallel(tiles, 1 + 1000 / s.width, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_convolve)(s, b, e); });
-  parallel(fours, 1 + 100000 / (s.dim * s.batch), [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_project)(s, b, e); });
+  const int64_t enough = 1 + 100000 / (s.dim * s.batch);
+  parallel(fours, enough, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_project)(s, b, e); });
   if (s.normed) parallel(s.batch, 100, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_normalise)(s, b, e); });
   parallel(tiles, grain, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step)(s, b, e); });
 }
@@ -47,7 +48,8 @@ Tensor step(const Tensor& conv_state, const Tensor& state, const Tensor& x, cons
             const Tensor& A, const Tensor& D, std::optional<double> rms_eps) {
   STD_TORCH_CHECK(x.dim() == 2 && A.dim() == 2 && conv_weight.dim() == 2 && dt_proj.dim() == 2,
                   "pyseq.mamba_step: x, A, conv_weight and dt_proj_weight have two axes each");
-  const int64_t batch = x.size(0), dim = x.size(1), states = A.size(1), rank = dt_proj.size(1), width = conv_weight.size(1);
+  const int64_t batch = x.size(0), dim = x.size(1), states = A.size(1);
+  const int64_t rank = dt_proj.size(1), width = conv_weight.size(1);
   STD_TORCH_CHECK(states > 0 && rank > 0 && width > 0, "pyseq.mamba_step: N, R and W are at least 1");
   expect_sizes("conv_state", conv_state, {batch, dim, width - 1});
   expect_sizes("state", state, {batch, dim, states});
@@ -61,9 +63,10 @@ Tensor step(const Tensor& conv_state, const Tensor& state, const Tensor& x, cons
   expect_sizes("D", D, {dim});
   const Tensor y = new_tensor_like(x, x.scalar_type());
   if (batch == 0 || dim == 0) return y;
-  const Tensor samples = rows_contiguous(conv_state), h = rows_contiguous(state), x_ = rows_contiguous(x), z_ = rows_contiguous(z);
-  const Tensor taps = readable(conv_weight), wide = readable(x_proj), narrow = readable(dt_proj), bias = readable(dt_bias);
-  const Tensor A_ = readable(A), skip = readable(D);
+  const Tensor samples = rows_contiguous(conv_state), h = rows_contiguous(state);
+  const Tensor x_ = rows_contiguous(x), z_ = rows_contiguous(z);
+  const Tensor taps = readable(conv_weight), wide = readable(x_proj), narrow = readable(dt_proj);
+  const Tensor bias = readable(dt_bias), A_ = readable(A), skip = readable(D);
   const OptionalTensor conv_bias_ = readable(conv_bias);
   MambaStep s{batch, dim, states, rank, width, rms_eps.has_value(), float(rms_eps.value_or(0.0)),
               view(samples), view(h), view(x_), view(z_), view(y), view(taps), view(conv_bias_), view(wide),

@@ -1,14 +1,14 @@
-// One token of a Mamba layer, all between its two large projections (Gu and Dao, 2023, "Mamba: Linear-Time Sequence Modeling
-// with Selective State Spaces"; normed: Zuo et al., 2024, "Falcon Mamba").
+// One token of a Mamba layer, all between its two large projections (Gu and Dao, 2023, "Mamba: Linear-Time Sequence
+// Modeling with Selective State Spaces"; normed: Zuo et al., 2024, "Falcon Mamba").
 //
-//   u = silu(conv_bias + sum over k of conv_weight[k] s[k])     s: the W-1 samples of conv_state, and x; then s moves on by one
+//   u = silu(conv_bias + sum over k of conv_weight[k] s[k])     s: the samples of conv_state, and x; then s moves on
 //   [low, B, C] = W_x u                                         normed: each divided by sqrt(mean(v^2) + eps)
 //   delta = softplus(W_dt low + dt_bias)
 //   h = exp(delta A) h + delta B u
 //   y = (<C, h> + D u) silu(z)
 //
-// with D channels, N states, a step of rank R and a convolution of width W. W_x is read once for several rows of the batch,
-// weights in the dtype they have.
+// with D channels, N states, a step of rank R and a convolution of width W. W_x is read once for several rows of the
+// batch, weights in the dtype they have.
 #pragma once
 #include <cstdint>
 

@@ -45,7 +45,8 @@ template <class T> void project(const MambaStep& s, int64_t first) {
   const int64_t outputs = s.outputs();
   const T* weight[kOut];
   for (int64_t o = 0; o < kOut; ++o) {   // behind the last output the last one again, not stored
-    weight[o] = static_cast<const T*>(s.x_proj.data) + (first + o < outputs ? first + o : outputs - 1) * s.x_proj.stride[0];
+    const int64_t output = first + o < outputs ? first + o : outputs - 1;
+    weight[o] = static_cast<const T*>(s.x_proj.data) + output * s.x_proj.stride[0];
   }
   for (int64_t b = 0; b < s.batch; b += kRows) {
     const int64_t rows = s.batch - b < kRows ? s.batch - b : kRows;
@@ -68,7 +69,8 @@ template <class T> void project(const MambaStep& s, int64_t first) {
     }
     if (whole < s.dim) add(whole, s.dim - whole, rows);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t o = 0; o < kOut && first + o < outputs; ++o) s.projected[(b + r) * outputs + first + o] = sum(total[o][r]);
+      float* const to = s.projected + (b + r) * outputs + first;
+      for (int64_t o = 0; o < kOut && first + o < outputs; ++o) to[o] = sum(total[o][r]);
     }
   }
 }

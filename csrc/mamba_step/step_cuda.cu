@@ -1,17 +1,18 @@
-// All of the step behind W_x u, in one launch. A block is 64 channels of four rows, which read W_dt once; four lanes share a channel.
-// The state is asked for first, 16 bytes a lane (8 of bfloat16), and arrives while the block adds up the parts of W_x u and
-// multiplies by W_dt.
+// All of the step behind W_x u, in one launch. A block is 64 channels of four rows, which read W_dt once; four lanes
+// share a channel. The state is asked for first, 16 bytes a lane (8 of bfloat16), and arrives while the block adds up
+// the parts of W_x u and multiplies by W_dt.
 //
-// Each of the four lanes owns one of the four rows: it computes the row's step, convolution, skip and gate, and hands delta and
-// delta u to the other three. Of the states it advances four out of every sixteen, in every row. (Eight rows would read W_dt
-// half as often, but their states do not fit into 128 registers.)
+// Each of the four lanes owns one of the four rows: it computes the row's step, convolution, skip and gate, and hands
+// delta and delta u to the other three. Of the states it advances four out of every sixteen, in every row. (Eight rows
+// would read W_dt half as often, but their states do not fit into 128 registers.)
 #include "cuda/reduce.cuh"
 #include "mamba_step/update.cuh"
 
 namespace pyseq {
 namespace {
 
-constexpr int kThreads = 256, kLanes = 4, kRows = kLanes, kChannels = kThreads / kLanes, kLaneStates = 4, kPass = kLanes * kLaneStates;
+constexpr int kThreads = 256, kLanes = 4, kRows = kLanes, kChannels = kThreads / kLanes;
+constexpr int kLaneStates = 4, kPass = kLanes * kLaneStates;
 constexpr int kLaneRank = 8, kRankPass = kLanes * kLaneRank;
 static_assert(kRows * (kMambaWidest + kRankPass - 1 + 2 * (kPass - 1)) * sizeof(float) <= 96 * 1024);
 
@@ -24,7 +25,8 @@ struct Shared {
 };
 
 // One part of a row: adds up the chunks in order, then divides by the root mean square if asked. By one warp.
-__device__ __forceinline__ void gather(const MambaStep& s, float* to, int64_t padded, int64_t row, int64_t from, int64_t size) {
+__device__ __forceinline__ void gather(const MambaStep& s, float* to, int64_t padded, int64_t row, int64_t from,
+                                       int64_t size) {
   const int lane = threadIdx.x % 32;
   const int64_t outputs = s.outputs(), chunks = mamba_chunks(s.dim);
   float squares = 0.f;
@@ -43,8 +45,8 @@ __device__ __forceinline__ void gather(const MambaStep& s, float* to, int64_t pa
 
 // The part of W_dt low that this lane's r give, for each row.
 template <class T>
-__device__ __forceinline__ void low_rank(const MambaStep& s, const float* low, int64_t pitch, int64_t channel, bool vectorised,
-                                         float (&dt)[kRows]) {
+__device__ __forceinline__ void low_rank(const MambaStep& s, const float* low, int64_t pitch, int64_t channel,
+                                         bool vectorised, float (&dt)[kRows]) {
   const T* const weight = static_cast<const T*>(s.dt_proj.data) + channel * s.dt_proj.stride[0];
 #pragma unroll 2
   for (int64_t r = threadIdx.x % kLanes * kLaneRank; r < s.rank; r += kRankPass) {
@@ -64,7 +66,8 @@ __device__ __forceinline__ void low_rank(const MambaStep& s, const float* low, i
   }
 }
 
-template <class T> __device__ __forceinline__ Vec<kLaneStates> load_states(const T* p, int64_t n, int64_t states, bool vectorised) {
+template <class T>
+__device__ __forceinline__ Vec<kLaneStates> load_states(const T* p, int64_t n, int64_t states, bool vectorised) {
   if (vectorised && n + kLaneStates <= states) return load_vec<kLaneStates>(p + n);
   Vec<kLaneStates> h;
 #pragma unroll
@@ -73,7 +76,8 @@ template <class T> __device__ __forceinline__ Vec<kLaneStates> load_states(const
 }
 
 template <class T>
-__device__ __forceinline__ void store_states(T* p, int64_t n, int64_t states, bool vectorised, const Vec<kLaneStates>& h) {
+__device__ __forceinline__ void store_states(T* p, int64_t n, int64_t states, bool vectorised,
+                                             const Vec<kLaneStates>& h) {
   if (vectorised && n + kLaneStates <= states) return store_vec<kLaneStates>(p + n, h);
 #pragma unroll
   for (int i = 0; i < kLaneStates; ++i)
@@ -132,7 +136,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) mamba_step_ker
 
   float y[kRows] = {};
   for (int64_t n = lane * kLaneStates, pass = 0; pass < s.states; n += kPass, pass += kPass) {
-    Vec<kLaneStates> A = load_vec<kLaneStates>(s.A, exists ? channel * s.A.stride[0] + n : 0, aligned.A, exists ? s.states - n : 0);
+    const int64_t left = exists ? s.states - n : 0;
+    Vec<kLaneStates> A = load_vec<kLaneStates>(s.A, left > 0 ? channel * s.A.stride[0] + n : 0, aligned.A, left);
 #pragma unroll
     for (int i = 0; i < kLaneStates; ++i) A[i] *= kLog2e;
     if (pass > 0) load_rows(n);

@@ -1,9 +1,9 @@
 // [low, B, C] = W_x u, in parts: one block adds up the products of kMambaChunk channels, for kBatch rows of the batch.
 //
-// A warp owns 256 channels. It computes their u (the convolution is cheap, and nothing but this launch would need it in memory),
-// then holds 8 channels a lane in registers, for every row, while the rows of W_x stream by: each is read once for kBatch rows.
-// 32 sums at a time, kBatch rows times 32 / kBatch outputs, are shared out over the lanes, one each, and added up over the
-// warps in order. Reads the convolution's state, writes only `projected`.
+// A warp owns 256 channels. It computes their u (the convolution is cheap, and nobody else needs u in memory), then
+// holds 8 channels a lane in registers, for every row, while the rows of W_x stream by: each is read once for kBatch
+// rows. 32 sums at a time, kBatch rows times 32 / kBatch outputs, are shared out over the lanes, one each, and added
+// up over the warps in order. Reads the convolution's state, writes only `projected`.
 #include "mamba_step/update.cuh"
 
 namespace pyseq {
@@ -14,8 +14,8 @@ static_assert(kWarps * kWarpChannels == kMambaChunk);
 
 
 template <class T, int kBatch>
-__device__ __forceinline__ void products(const MambaStep& s, const float* u_of_warp, bool vectorised, int64_t split, int64_t splits,
-                                         int64_t chunk, int64_t first) {
+__device__ __forceinline__ void products(const MambaStep& s, const float* u_of_warp, bool vectorised, int64_t split,
+                                         int64_t splits, int64_t chunk, int64_t first) {
   constexpr int kOut = 32 / kBatch;
   __shared__ float shared[2][kWarps][32];   // two, so that one barrier per round is enough
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -88,9 +88,11 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_project_kernel(MambaSt
 
 template <int kBatch> int project(const MambaStep& s, void* stream) {
   constexpr int64_t kEnough = 264;   // two blocks on each of 132 multiprocessors
-  const int64_t blocks = mamba_chunks(s.dim) * ((s.batch + kBatch - 1) / kBatch), rounds = (s.outputs() * kBatch + 31) / 32;
-  const int64_t wanted = (kEnough + blocks - 1) / blocks, splits = wanted < rounds ? wanted : rounds;
-  return launch<mamba_step_project_kernel<kBatch>>(dim3(unsigned(blocks * splits)), dim3(kThreads), 0, stream, s, splits,
+  const int64_t blocks = mamba_chunks(s.dim) * ((s.batch + kBatch - 1) / kBatch);
+  const int64_t rounds = (s.outputs() * kBatch + 31) / 32, wanted = (kEnough + blocks - 1) / blocks;
+  const int64_t splits = wanted < rounds ? wanted : rounds;
+  const dim3 grid{unsigned(blocks * splits)};
+  return launch<mamba_step_project_kernel<kBatch>>(grid, dim3(kThreads), 0, stream, s, splits,
                                                    vectorisable(s.x_proj, kLaneChannels, 1));
 }
 

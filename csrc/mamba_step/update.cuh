@@ -22,7 +22,7 @@ struct Channel {
   }
 };
 
-// u of one channel of one row. With `shift` the samples move on by one: the thread that says so must be the only one there.
+// u of one channel of one row. With `shift` the samples move on by one: whoever says so must be the only one there.
 template <bool shift>
 __device__ __forceinline__ float convolve(const MambaStep& s, const Channel& c, int64_t row, int64_t channel) {
   const int64_t at = row * s.conv_state.stride[0] + channel * s.conv_state.stride[1], past = s.width - 1;
@@ -43,9 +43,9 @@ __device__ __forceinline__ float convolve(const MambaStep& s, const Channel& c, 
   return silu(a);
 }
 
-// Sums each of n values over groups of `lanes` neighbouring lanes, n a multiple of lanes, both powers of two. Lane q of a group is
-// left with the sums q n / lanes to (q + 1) n / lanes, from v[0] on: half of the values are given away for half of the others,
-// log2(lanes) times. All lanes of the warp must call.
+// Sums each of n values over groups of `lanes` neighbouring lanes, n a multiple of lanes, both powers of two. Lane q
+// of a group is left with the sums q n / lanes to (q + 1) n / lanes, from v[0] on: half of the values are given away
+// for half of the others, log2(lanes) times. All lanes of the warp must call.
 template <int lanes, int n> __device__ __forceinline__ void share_sums(float (&v)[n]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll

@@ -1,6 +1,6 @@
-// All of the step behind W_x u, in one launch. A block is 64 channels of four rows, which read W_dt once; four lanes
-// share a channel. The state is asked for first, 16 bytes a lane (8 of bfloat16), and arrives while the block adds up
-// the parts of W_x u and multiplies by W_dt.
+// All of the step behind W_x u, in one launch of as many blocks as are resident. A block goes over tiles of 64 channels,
+// for four rows, which read W_dt once; four lanes share a channel. The state is asked for first, 16 bytes a lane (8 of
+// bfloat16), and arrives while the block adds up the parts of W_x u, once, and multiplies by W_dt.
 //
 // Each of the four lanes owns one of the four rows: it computes the row's step, convolution, skip and gate, and hands
 // delta and delta u to the other three. Of the states it advances four out of every sixteen, in every row. (Eight rows
@@ -24,23 +24,34 @@ struct Shared {
   __host__ __device__ int64_t row() const { return rank + 2 * states; }
 };
 
-// One part of a row: adds up the chunks in order, then divides by the root mean square if asked. By one warp.
-__device__ __forceinline__ void gather(const MambaStep& s, float* to, int64_t padded, int64_t row, int64_t from,
-                                       int64_t size) {
-  const int lane = threadIdx.x % 32;
-  const int64_t outputs = s.outputs(), chunks = mamba_chunks(s.dim);
-  float squares = 0.f;
-  for (int64_t i = lane; i < padded; i += 32) {
+// Adds up the chunks of W_x u, in order, into kRows rows of shared memory.
+__device__ __forceinline__ void gather(const MambaStep& s, const Shared& layout, float* shared, int64_t first) {
+  const int pitch = int(layout.row()), rank = int(s.rank), states = int(s.states), outputs = int(s.outputs());
+  const int B = int(layout.rank), C = B + int(layout.states), chunks = int(mamba_chunks(s.dim));
+  for (int i = threadIdx.x; i < kRows * pitch; i += kThreads) {
+    const int b = i / pitch, at = i % pitch;
+    const int in_part = at < B ? at : at < C ? at - B : at - C;
+    const int output = at < B ? at : at < C ? rank + in_part : rank + states + in_part;
     float total = 0.f;
-    if (i < size && row < s.batch) {
-      for (int64_t k = 0; k < chunks; ++k) total += s.projected[(k * s.batch + row) * outputs + from + i];
+    if (in_part < (at < B ? rank : states) && first + b < s.batch) {
+      const float* p = s.projected + (first + b) * outputs + output;
+      for (int k = 0; k < chunks; ++k, p += s.batch * outputs) total += *p;
     }
-    to[i] = total;
-    squares = fmaf(total, total, squares);
+    shared[i] = total;
   }
-  if (!s.normed) return;
-  const float scale = rsqrtf(warp_sum(squares) / float(size) + s.eps);
-  for (int64_t i = lane; i < size && row < s.batch; i += 32) to[i] *= scale;   // what this lane wrote
+}
+
+// Divides each part of each row by its root mean square: a warp a part.
+__device__ __forceinline__ void normalise(const MambaStep& s, const Shared& layout, float* shared) {
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < 3 * kRows; i += kThreads / 32) {
+    const int part = i % 3, size = int(part == 0 ? s.rank : s.states);
+    float* const v = shared + i / 3 * layout.row() + (part == 0 ? 0 : layout.rank + (part - 1) * layout.states);
+    float squares = 0.f;
+    for (int k = lane; k < size; k += 32) squares = fmaf(v[k], v[k], squares);
+    const float scale = rsqrtf(warp_sum(squares) / float(size) + s.eps);
+    for (int k = lane; k < size; k += 32) v[k] *= scale;
+  }
 }
 
 // The part of W_dt low that this lane's r give, for each row.
@@ -86,88 +97,93 @@ __device__ __forceinline__ void store_states(T* p, int64_t n, int64_t states, bo
 
 struct Aligned { bool state, A, dt_proj; };
 
-template <class T> __global__ void __launch_bounds__(kThreads, 2) mamba_step_kernel(MambaStep s, Aligned aligned) {
-  const int64_t tiles = (s.dim + kChannels - 1) / kChannels, first = blockIdx.x / tiles * kRows;
-  const int64_t channel = blockIdx.x % tiles * kChannels + threadIdx.x / kLanes;
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) mamba_step_kernel(MambaStep s, int64_t splits, Aligned aligned) {
+  const int64_t tiles = (s.dim + kChannels - 1) / kChannels, first = blockIdx.x / splits * kRows;
   const int lane = threadIdx.x % kLanes;
-  const bool exists = channel < s.dim;
-  T* const state = static_cast<T*>(s.state.data) + channel * s.state.stride[1];
-  const auto has = [&](int64_t b) { return exists && first + b < s.batch; };
-  Vec<kLaneStates> h[kRows];
-  const auto load_rows = [&](int64_t n) {
-#pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      const int64_t there = has(b) ? s.states : 0;
-      h[b] = load_states(state + (there ? (first + b) * s.state.stride[0] : 0), n, there, aligned.state);
-    }
-  };
-  load_rows(lane * kLaneStates);
-
   const Shared layout(s);
   float* const shared = dynamic_smem<float>();
-  for (int i = threadIdx.x / 32; i < 3 * kRows; i += kThreads / 32) {   // by warp: a part of a row each
-    const int64_t row = first + i / 3;
-    float* const low = shared + i / 3 * layout.row();
-    switch (i % 3) {
-      case 0: gather(s, low, layout.rank, row, 0, s.rank); break;
-      case 1: gather(s, low + layout.rank, layout.states, row, s.rank, s.states); break;
-      default: gather(s, low + layout.rank + layout.states, layout.states, row, s.rank + s.states, s.states);
-    }
-  }
-  __syncthreads();
-
-  float dt[kRows] = {};
-  if (exists) {
-    switch (s.dt_proj.type) {
-      case DType::bf16: low_rank<__nv_bfloat16>(s, shared, layout.row(), channel, aligned.dt_proj, dt); break;
-      case DType::f16: low_rank<__half>(s, shared, layout.row(), channel, aligned.dt_proj, dt); break;
-      default: low_rank<float>(s, shared, layout.row(), channel, aligned.dt_proj, dt);
-    }
-  }
-  share_sums<kLanes>(dt);
-  const int64_t own = first + lane;
-  float delta = 0.f, du = 0.f, skip = 0.f;
-  if (has(lane)) {
-    const float u = convolve<true>(s, Channel(s, channel, true), own, channel);
-    delta = softplus(dt[0] + load(s.dt_bias, channel));
-    du = delta * u;
-    skip = load(s.skip, channel) * u;
-  }
-
-  float y[kRows] = {};
-  for (int64_t n = lane * kLaneStates, pass = 0; pass < s.states; n += kPass, pass += kPass) {
-    const int64_t left = exists ? s.states - n : 0;
-    Vec<kLaneStates> A = load_vec<kLaneStates>(s.A, left > 0 ? channel * s.A.stride[0] + n : 0, aligned.A, left);
+  for (int64_t tile = blockIdx.x % splits; tile < tiles; tile += splits) {
+    const int64_t channel = tile * kChannels + threadIdx.x / kLanes;
+    const bool exists = channel < s.dim;
+    T* const state = static_cast<T*>(s.state.data) + channel * s.state.stride[1];
+    const auto has = [&](int64_t b) { return exists && first + b < s.batch; };
+    Vec<kLaneStates> h[kRows];
+    const auto load_rows = [&](int64_t n) {
 #pragma unroll
-    for (int i = 0; i < kLaneStates; ++i) A[i] *= kLog2e;
-    if (pass > 0) load_rows(n);
-#pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      const float delta_b = __shfl_sync(~0u, delta, b, kLanes);
-      const float du_b = __shfl_sync(~0u, du, b, kLanes);
-      const float* const row = shared + b * layout.row() + layout.rank;
-      const Vec<kLaneStates> B = load_vec<kLaneStates>(row + n), C = load_vec<kLaneStates>(row + layout.states + n);
-#pragma unroll
-      for (int i = 0; i < kLaneStates; ++i) {
-        h[b][i] = fmaf(ex2(delta_b * A[i]), h[b][i], du_b * B[i]);
-        y[b] = fmaf(h[b][i], C[i], y[b]);
+      for (int b = 0; b < kRows; ++b) {
+        const int64_t there = has(b) ? s.states : 0;
+        h[b] = load_states(state + (there ? (first + b) * s.state.stride[0] : 0), n, there, aligned.state);
       }
-      if (has(b)) store_states(state + (first + b) * s.state.stride[0], n, s.states, aligned.state, h[b]);
+    };
+    load_rows(lane * kLaneStates);
+    if (tile < splits) {   // the block's first
+      gather(s, layout, shared, first);
+      __syncthreads();
+      if (s.normed) {
+        normalise(s, layout, shared);
+        __syncthreads();
+      }
     }
-  }
-  share_sums<kLanes>(y);
-  if (has(lane)) {
-    const float gate = silu(load(s.z, own * s.z.stride[0] + channel));
-    store(s.y, own * s.y.stride[0] + channel, (y[0] + skip) * gate);
+
+    float dt[kRows] = {};
+    if (exists) {
+      switch (s.dt_proj.type) {
+        case DType::bf16: low_rank<__nv_bfloat16>(s, shared, layout.row(), channel, aligned.dt_proj, dt); break;
+        case DType::f16: low_rank<__half>(s, shared, layout.row(), channel, aligned.dt_proj, dt); break;
+        default: low_rank<float>(s, shared, layout.row(), channel, aligned.dt_proj, dt);
+      }
+    }
+    share_sums<kLanes>(dt);
+    const int64_t own = first + lane;
+    float delta = 0.f, du = 0.f, skip = 0.f;
+    if (has(lane)) {
+      const Channel c(s, channel, true);
+      float u = 0.f;
+      with_types(s, [&]<class X, class S>() { u = convolve<true, X, S>(s, c, own, channel); });
+      delta = softplus(dt[0] + load(s.dt_bias, channel));
+      du = delta * u;
+      skip = load(s.skip, channel) * u;
+    }
+
+    float y[kRows] = {};
+    for (int64_t n = lane * kLaneStates, pass = 0; pass < s.states; n += kPass, pass += kPass) {
+      const int64_t left = exists ? s.states - n : 0;
+      Vec<kLaneStates> A = load_vec<kLaneStates>(s.A, left > 0 ? channel * s.A.stride[0] + n : 0, aligned.A, left);
+#pragma unroll
+      for (int i = 0; i < kLaneStates; ++i) A[i] *= kLog2e;
+      if (pass > 0) load_rows(n);
+#pragma unroll
+      for (int b = 0; b < kRows; ++b) {
+        const float delta_b = __shfl_sync(~0u, delta, b, kLanes);
+        const float du_b = __shfl_sync(~0u, du, b, kLanes);
+        const float* const row = shared + b * layout.row() + layout.rank;
+        const Vec<kLaneStates> B = load_vec<kLaneStates>(row + n), C = load_vec<kLaneStates>(row + layout.states + n);
+#pragma unroll
+        for (int i = 0; i < kLaneStates; ++i) {
+          h[b][i] = fmaf(ex2(delta_b * A[i]), h[b][i], du_b * B[i]);
+          y[b] = fmaf(h[b][i], C[i], y[b]);
+        }
+        if (has(b)) store_states(state + (first + b) * s.state.stride[0], n, s.states, aligned.state, h[b]);
+      }
+    }
+    share_sums<kLanes>(y);
+    if (has(lane)) {
+      const float gate = silu(load(s.z, own * s.z.stride[0] + channel));
+      store(s.y, own * s.y.stride[0] + channel, (y[0] + skip) * gate);
+    }
   }
 }
 
 template <class T> int update(const MambaStep& s, void* stream) {
+  constexpr int64_t kResident = 2 * 132;   // blocks of an H200
   const int64_t tiles = (s.dim + kChannels - 1) / kChannels, groups = (s.batch + kRows - 1) / kRows;
-  const size_t bytes = kRows * Shared(s).row() * sizeof(float);
+  const int64_t fit = groups < kResident ? kResident / groups : 1;
+  const int64_t splits = fit < tiles ? fit : tiles;
   const Aligned aligned{vectorisable(s.state, kLaneStates, 2), vectorisable(s.A, kLaneStates, 1),
                         vectorisable(s.dt_proj, kLaneRank, 1)};
-  return launch<mamba_step_kernel<T>>(dim3(unsigned(tiles * groups)), dim3(kThreads), bytes, stream, s, aligned);
+  const size_t bytes = kRows * Shared(s).row() * sizeof(float);
+  return launch<mamba_step_kernel<T>>(dim3(unsigned(groups * splits)), dim3(kThreads), bytes, stream, s, splits, aligned);
 }
 
 }  // namespace

@@ -69,15 +69,18 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_project_kernel(MambaSt
   const int64_t first = blockIdx.x / splits / chunks * kBatch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const u = shared_u[warp];
-  for (int i = lane; i < kWarpChannels; i += 32) {   // neighbouring lanes, neighbouring channels
-    const int64_t channel = chunk * kMambaChunk + warp * kWarpChannels + i;
-    const bool exists = channel < s.dim;
-    const Channel c(s, channel, exists);
+  with_types(s, [&]<class X, class S>() {
+    for (int i = lane; i < kWarpChannels; i += 32) {   // neighbouring lanes, neighbouring channels
+      const int64_t channel = chunk * kMambaChunk + warp * kWarpChannels + i;
+      const bool exists = channel < s.dim;
+      const Channel c(s, channel, exists);
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      u[b * kWarpChannels + i] = exists && first + b < s.batch ? convolve<false>(s, c, first + b, channel) : 0.f;
+      for (int b = 0; b < kBatch; ++b) {
+        const bool has = exists && first + b < s.batch;
+        u[b * kWarpChannels + i] = has ? convolve<false, X, S>(s, c, first + b, channel) : 0.f;
+      }
     }
-  }
+  });
   __syncwarp();
   switch (s.x_proj.type) {
     case DType::bf16: return products<__nv_bfloat16, kBatch>(s, u, vectorised, split, splits, chunk, first);
@@ -87,10 +90,10 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_project_kernel(MambaSt
 }
 
 template <int kBatch> int project(const MambaStep& s, void* stream) {
-  constexpr int64_t kEnough = 264;   // two blocks on each of 132 multiprocessors
+  constexpr int64_t kResident = 2 * 132;   // blocks of an H200
   const int64_t blocks = mamba_chunks(s.dim) * ((s.batch + kBatch - 1) / kBatch);
-  const int64_t rounds = (s.outputs() * kBatch + 31) / 32, wanted = (kEnough + blocks - 1) / blocks;
-  const int64_t splits = wanted < rounds ? wanted : rounds;
+  const int64_t rounds = (s.outputs() * kBatch + 31) / 32, fit = blocks < kResident ? kResident / blocks : 1;
+  const int64_t splits = fit < rounds ? fit : rounds;
   const dim3 grid{unsigned(blocks * splits)};
   return launch<mamba_step_project_kernel<kBatch>>(grid, dim3(kThreads), 0, stream, s, splits,
                                                    vectorisable(s.x_proj, kLaneChannels, 1));

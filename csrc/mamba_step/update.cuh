@@ -22,25 +22,40 @@ struct Channel {
   }
 };
 
-// u of one channel of one row. With `shift` the samples move on by one: whoever says so must be the only one there.
-template <bool shift>
+// u of one channel of one row, with x and the state in their dtypes. With `shift` the samples move on by one: whoever says
+// so must be the only one there.
+template <bool shift, class X, class S>
 __device__ __forceinline__ float convolve(const MambaStep& s, const Channel& c, int64_t row, int64_t channel) {
-  const int64_t at = row * s.conv_state.stride[0] + channel * s.conv_state.stride[1], past = s.width - 1;
-  const float newest = load(s.x, row * s.x.stride[0] + channel);
+  S* const state = static_cast<S*>(s.conv_state.data) + row * s.conv_state.stride[0] + channel * s.conv_state.stride[1];
+  const float newest = load(static_cast<const X*>(s.x.data) + row * s.x.stride[0] + channel);
+  const int past = int(s.width) - 1;
   float sample[kTaps], a = c.bias;
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) sample[k] = k < past ? load(s.conv_state, at + k) : k == past ? newest : 0.f;
+  for (int k = 0; k < kTaps; ++k) sample[k] = k < past ? load(state + k) : k == past ? newest : 0.f;
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     a = fmaf(c.weight[k], sample[k], a);
-    if (shift && k > 0 && k <= past) store(s.conv_state, at + k - 1, sample[k]);
+    if (shift && k > 0 && k <= past) store(state + k - 1, sample[k]);
   }
-  for (int64_t k = kTaps; k < s.width; ++k) {
-    const float v = k < past ? load(s.conv_state, at + k) : newest;
+  for (int k = kTaps; k <= past; ++k) {
+    const float v = k < past ? load(state + k) : newest;
     a = fmaf(load(s.conv_weight, channel * s.conv_weight.stride[0] + k), v, a);
-    if (shift) store(s.conv_state, at + k - 1, v);
+    if (shift) store(state + k - 1, v);
   }
   return silu(a);
+}
+
+// f<X, S>() for the dtypes of x and the convolution's state: one branch around a loop, and not one around each load.
+template <class F> __device__ __forceinline__ void with_types(const MambaStep& s, const F& f) {
+  const auto with_x = [&]<class X>() {
+    if (s.conv_state.type == DType::f32) f.template operator()<X, float>();
+    else f.template operator()<X, __nv_bfloat16>();
+  };
+  switch (s.x.type) {
+    case DType::bf16: return with_x.template operator()<__nv_bfloat16>();
+    case DType::f16: return with_x.template operator()<__half>();
+    default: return with_x.template operator()<float>();
+  }
 }
 
 // Sums each of n values over groups of `lanes` neighbouring lanes, n a multiple of lanes, both powers of two. Lane q

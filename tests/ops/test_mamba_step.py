@@ -74,6 +74,24 @@ def test_rows_do_not_touch_one_another(backend):
         assert torch.equal(a[rows], b[rows]) and b[1].isnan().any()
 
 
+@on_backends
+def test_more_channels_than_resident_blocks_take_at_once(backend):
+    """264 blocks of 64 channels: the first one goes on to a second tile."""
+    D = 64 * 264 + 5
+    torch.manual_seed(0)
+    arguments = {
+        "conv_state": torch.randn(1, D, 1), "state": torch.randn(1, D, 1), "x": torch.randn(1, D), "z": torch.randn(1, D),
+        "conv_weight": torch.randn(D, 2), "conv_bias": None, "x_proj_weight": torch.randn(3, D) / D**0.5,
+        "dt_proj_weight": torch.randn(D, 1), "dt_bias": torch.randn(D), "A": -torch.rand(D, 1), "D": torch.randn(D),
+    }  # fmt: skip
+    exact = testing.expected_update(OP, arguments)
+    with on(backend) as device:
+        moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+        actual = testing.updated(pyseq.mamba_step, OP, moved)
+    for a, e in zip(actual, exact, strict=True):
+        assert_close(a, e, "many tiles")
+
+
 def test_float64_runs_through_the_reference():
     arguments = cast(next(iter(samples("mamba_step"))).draw(), torch.float64, ())
     for a, b in zip(

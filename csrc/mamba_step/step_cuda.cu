@@ -1,6 +1,6 @@
-// All of the step behind W_x u, in one launch of as many blocks as are resident. A block goes over tiles of 64 channels,
-// for four rows, which read W_dt once; four lanes share a channel. The state is asked for first, 16 bytes a lane (8 of
-// bfloat16), and arrives while the block adds up the parts of W_x u, once, and multiplies by W_dt.
+// All of the step behind W_x u, in one launch of as many blocks as are resident. A block goes over tiles of 64
+// channels, for four rows, which read W_dt once; four lanes share a channel. The state is asked for first, 16 bytes a
+// lane (8 of bfloat16), and arrives while the block adds up the parts of W_x u, once, and multiplies by W_dt.
 //
 // Each of the four lanes owns one of the four rows: it computes the row's step, convolution, skip and gate, and hands
 // delta and delta u to the other three. Of the states it advances four out of every sixteen, in every row. (Eight rows
@@ -18,16 +18,17 @@ static_assert(kRows * (kMambaWidest + kRankPass - 1 + 2 * (kPass - 1)) * sizeof(
 
 // The rows [low, B, C] in shared memory, each padded with zeros to whole passes.
 struct Shared {
-  int64_t rank, states;
+  int rank, states;
   __host__ __device__ explicit Shared(const MambaStep& s)
-      : rank((s.rank + kRankPass - 1) / kRankPass * kRankPass), states((s.states + kPass - 1) / kPass * kPass) {}
-  __host__ __device__ int64_t row() const { return rank + 2 * states; }
+      : rank(int((s.rank + kRankPass - 1) / kRankPass * kRankPass)),
+        states(int((s.states + kPass - 1) / kPass * kPass)) {}
+  __host__ __device__ int row() const { return rank + 2 * states; }
 };
 
 // Adds up the chunks of W_x u, in order, into kRows rows of shared memory.
 __device__ __forceinline__ void gather(const MambaStep& s, const Shared& layout, float* shared, int64_t first) {
-  const int pitch = int(layout.row()), rank = int(s.rank), states = int(s.states), outputs = int(s.outputs());
-  const int B = int(layout.rank), C = B + int(layout.states), chunks = int(mamba_chunks(s.dim));
+  const int pitch = layout.row(), rank = int(s.rank), states = int(s.states), outputs = int(s.outputs());
+  const int B = layout.rank, C = B + layout.states, chunks = int(mamba_chunks(s.dim));
   for (int i = threadIdx.x; i < kRows * pitch; i += kThreads) {
     const int b = i / pitch, at = i % pitch;
     const int in_part = at < B ? at : at < C ? at - B : at - C;
@@ -56,17 +57,18 @@ __device__ __forceinline__ void normalise(const MambaStep& s, const Shared& layo
 
 // The part of W_dt low that this lane's r give, for each row.
 template <class T>
-__device__ __forceinline__ void low_rank(const MambaStep& s, const float* low, int64_t pitch, int64_t channel,
+__device__ __forceinline__ void low_rank(const MambaStep& s, const float* low, int pitch, int64_t channel,
                                          bool vectorised, float (&dt)[kRows]) {
+  const int rank = int(s.rank);
   const T* const weight = static_cast<const T*>(s.dt_proj.data) + channel * s.dt_proj.stride[0];
 #pragma unroll 2
-  for (int64_t r = threadIdx.x % kLanes * kLaneRank; r < s.rank; r += kRankPass) {
+  for (int r = threadIdx.x % kLanes * kLaneRank; r < rank; r += kRankPass) {
     Vec<kLaneRank> w;
-    if (vectorised && r + kLaneRank <= s.rank) {
+    if (vectorised && r + kLaneRank <= rank) {
       w = load_vec<kLaneRank>(weight + r);
     } else {
 #pragma unroll
-      for (int i = 0; i < kLaneRank; ++i) w[i] = r + i < s.rank ? load(weight + r + i) : 0.f;
+      for (int i = 0; i < kLaneRank; ++i) w[i] = r + i < rank ? load(weight + r + i) : 0.f;
     }
 #pragma unroll
     for (int b = 0; b < kRows; ++b) {
@@ -78,7 +80,7 @@ __device__ __forceinline__ void low_rank(const MambaStep& s, const float* low, i
 }
 
 template <class T>
-__device__ __forceinline__ Vec<kLaneStates> load_states(const T* p, int64_t n, int64_t states, bool vectorised) {
+__device__ __forceinline__ Vec<kLaneStates> load_states(const T* p, int n, int states, bool vectorised) {
   if (vectorised && n + kLaneStates <= states) return load_vec<kLaneStates>(p + n);
   Vec<kLaneStates> h;
 #pragma unroll
@@ -87,7 +89,7 @@ __device__ __forceinline__ Vec<kLaneStates> load_states(const T* p, int64_t n, i
 }
 
 template <class T>
-__device__ __forceinline__ void store_states(T* p, int64_t n, int64_t states, bool vectorised,
+__device__ __forceinline__ void store_states(T* p, int n, int states, bool vectorised,
                                              const Vec<kLaneStates>& h) {
   if (vectorised && n + kLaneStates <= states) return store_vec<kLaneStates>(p + n, h);
 #pragma unroll
@@ -100,7 +102,7 @@ struct Aligned { bool state, A, dt_proj; };
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) mamba_step_kernel(MambaStep s, int64_t splits, Aligned aligned) {
   const int64_t tiles = (s.dim + kChannels - 1) / kChannels, first = blockIdx.x / splits * kRows;
-  const int lane = threadIdx.x % kLanes;
+  const int lane = threadIdx.x % kLanes, states = int(s.states);
   const Shared layout(s);
   float* const shared = dynamic_smem<float>();
   for (int64_t tile = blockIdx.x % splits; tile < tiles; tile += splits) {
@@ -109,10 +111,10 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_kernel(MambaStep s, in
     T* const state = static_cast<T*>(s.state.data) + channel * s.state.stride[1];
     const auto has = [&](int64_t b) { return exists && first + b < s.batch; };
     Vec<kLaneStates> h[kRows];
-    const auto load_rows = [&](int64_t n) {
+    const auto load_rows = [&](int n) {
 #pragma unroll
       for (int b = 0; b < kRows; ++b) {
-        const int64_t there = has(b) ? s.states : 0;
+        const int there = has(b) ? states : 0;
         h[b] = load_states(state + (there ? (first + b) * s.state.stride[0] : 0), n, there, aligned.state);
       }
     };
@@ -147,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_kernel(MambaStep s, in
     }
 
     float y[kRows] = {};
-    for (int64_t n = lane * kLaneStates, pass = 0; pass < s.states; n += kPass, pass += kPass) {
-      const int64_t left = exists ? s.states - n : 0;
+    for (int pass = 0; pass < states; pass += kPass) {
+      const int n = pass + lane * kLaneStates, left = exists ? states - n : 0;
       Vec<kLaneStates> A = load_vec<kLaneStates>(s.A, left > 0 ? channel * s.A.stride[0] + n : 0, aligned.A, left);
 #pragma unroll
       for (int i = 0; i < kLaneStates; ++i) A[i] *= kLog2e;
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_kernel(MambaStep s, in
           h[b][i] = fmaf(ex2(delta_b * A[i]), h[b][i], du_b * B[i]);
           y[b] = fmaf(h[b][i], C[i], y[b]);
         }
-        if (has(b)) store_states(state + (first + b) * s.state.stride[0], n, s.states, aligned.state, h[b]);
+        if (has(b)) store_states(state + (first + b) * s.state.stride[0], n, states, aligned.state, h[b]);
       }
     }
     share_sums<kLanes>(y);
@@ -183,7 +185,8 @@ template <class T> int update(const MambaStep& s, void* stream) {
   const Aligned aligned{vectorisable(s.state, kLaneStates, 2), vectorisable(s.A, kLaneStates, 1),
                         vectorisable(s.dt_proj, kLaneRank, 1)};
   const size_t bytes = kRows * Shared(s).row() * sizeof(float);
-  return launch<mamba_step_kernel<T>>(dim3(unsigned(groups * splits)), dim3(kThreads), bytes, stream, s, splits, aligned);
+  const dim3 grid(unsigned(groups * splits));
+  return launch<mamba_step_kernel<T>>(grid, dim3(kThreads), bytes, stream, s, splits, aligned);
 }
 
 }  // namespace

@@ -22,8 +22,8 @@ struct Channel {
   }
 };
 
-// u of one channel of one row, with x and the state in their dtypes. With `shift` the samples move on by one: whoever says
-// so must be the only one there.
+// u of one channel of one row, with x and the state in their dtypes. With `shift` the samples move on by one: whoever
+// says so must be the only one there.
 template <bool shift, class X, class S>
 __device__ __forceinline__ float convolve(const MambaStep& s, const Channel& c, int64_t row, int64_t channel) {
   S* const state = static_cast<S*>(s.conv_state.data) + row * s.conv_state.stride[0] + channel * s.conv_state.stride[1];

@@ -3,9 +3,9 @@
     python -m benchmarks.budgets             exits 1 if a kernel grew over its budget, or has none
     python -m benchmarks.budgets --update    writes the budgets anew from the kernels that are built
 
-No budget allows spills, float atomics or float64 arithmetic. Registers, shared memory and stack may not grow; in an
-innermost loop, neither may memory accesses, shuffles, barriers or special functions, and its issue slots only by SLACK.
-Counts hold for one release of nvcc: under another they are compared, but growth is a warning.
+No budget allows spills, float atomics, float64 arithmetic or a kernel without launch bounds. Registers, shared memory
+and stack may not grow; in an innermost loop, neither may memory accesses, shuffles, barriers or special functions, and
+its issue slots only by SLACK. Counts hold for one release of nvcc: under another, growth is a warning.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def check(kernels: list[Kernel], budgets: dict[str, Any]) -> Verdict:
         for pattern, what in FORBIDDEN:
             if found := kernel.matching(pattern):
                 verdict.failures.append(f"{where}: {what}: {_listed(found)}; 0 allowed")
+        if not kernel.threads:
+            verdict.failures.append(f"{where}: has no __launch_bounds__")
         allowed = budgets["kernels"].get(kernel.name, {}).get(kernel.arch)
         if allowed is None:
             verdict.failures.append(f"{where}: has no budget; --update writes one")

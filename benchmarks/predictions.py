@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,13 @@ CARDS = """
 KERNELS = """
 ## Budgets
 
-Registers, bytes of shared memory (static, and dynamic where a work above uses the kernel) and threads of a block, as
-compiled for each architecture; how many blocks of it fit on a multiprocessor of the card above; the issue slots of one
-iteration of each innermost loop. `benchmarks/kernel_budgets.json` holds the rest: every loop, by kind of instruction.
+Threads of a block, its bytes of shared memory (static, and dynamic where a work above uses the kernel), registers of a
+thread, how many blocks fit on a multiprocessor of the cards above, and on the H200 the issue slots of one iteration of
+each innermost loop. Where there are three figures they are those of {archs}.
+`benchmarks/kernel_budgets.json` holds the rest: every loop for each architecture, by kind of instruction.
 
-| kernel | architecture | registers | shared | threads | blocks | innermost loops |
-|---|---|---|---|---|---|---|"""
+| kernel | threads | shared | registers | blocks | innermost loops |
+|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -116,22 +117,30 @@ def table(budgets: Mapping[str, Any]) -> list[str]:
 
 def kernels(budgets: Mapping[str, Any]) -> list[str]:
     dynamic = {launch.kernel: launch.dynamic_shared for work in WORKS for launch in work.launches}
-    lines = []
-    for name, archs in budgets["kernels"].items():
-        for machine in MACHINES.values():
-            b = archs[machine.arch]
-            shared = b["shared"] + dynamic.get(name, 0)
-            fit = occupancy(machine, b["registers"], b["threads"], shared) if b["threads"] else ""
-            loops = ", ".join(str(loop["issued"]) for loop in b["loops"] if loop["innermost"])
-            cells = (f"`{name}`", machine.arch, b["registers"], shared, b["threads"], fit, loops)
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+
+    def row(name: str, archs: Mapping[str, Any]) -> str:
+        def three(figure: Callable[[Machine, Mapping[str, Any]], int]) -> str:
+            figures = [str(figure(machine, archs[machine.arch])) for machine in MACHINES.values()]
+            return figures[0] if len(set(figures)) == 1 else ", ".join(figures)
+
+        def shared(_: Machine, budget: Mapping[str, Any]) -> int:
+            return int(budget["shared"] + dynamic.get(name, 0))
+
+        def blocks(machine: Machine, budget: Mapping[str, Any]) -> int:
+            return occupancy(machine, budget["registers"], budget["threads"], shared(machine, budget))
+
+        loops = ", ".join(str(loop["issued"]) for loop in archs["sm_90a"]["loops"] if loop["innermost"])
+        cells = (three(lambda _, b: b["threads"]), three(shared), three(lambda _, b: b["registers"]), three(blocks))
+        return f"| `{name}` | {' | '.join(cells)} | {loops} |"
+
+    return [row(name, archs) for name, archs in sorted(budgets["kernels"].items())]
 
 
 def page(budgets: Mapping[str, Any]) -> str:
     cards = [f"| {m.card} | {m.arch} | {m.multiprocessors} | {m.clock / 1e9:.2f} GHz | {m.bandwidth / 1e12:.2f} TB/s | "
              f"{m.source} |" for m in MACHINES.values()]
-    return "\n".join([HEAD, *table(budgets), CARDS, *cards, KERNELS, *kernels(budgets), ""])
+    head = KERNELS.format(archs=", ".join(m.arch for m in MACHINES.values()))
+    return "\n".join([HEAD, *table(budgets), CARDS, *cards, head, *kernels(budgets), ""])
 
 
 def main() -> int:

@@ -18,9 +18,9 @@ int main() {
   card.reservedSharedMemPerBlock = 1024;
   int threads;
   size_t dynamic;
-  while (std::scanf("%d %d %d %zu %zu %d %d %zu %zu", &card.computeMajor, &card.computeMinor, &card.maxThreadsPerMultiprocessor,
-                    &card.sharedMemPerMultiprocessor, &card.sharedMemPerBlockOptin, &kernel.numRegs, &threads,
-                    &kernel.sharedSizeBytes, &dynamic) == 9) {
+  while (std::scanf("%d %d %d %zu %zu %d %d %zu %zu", &card.computeMajor, &card.computeMinor,
+                    &card.maxThreadsPerMultiprocessor, &card.sharedMemPerMultiprocessor, &card.sharedMemPerBlockOptin,
+                    &kernel.numRegs, &threads, &kernel.sharedSizeBytes, &dynamic) == 9) {
     kernel.maxThreadsPerBlock = threads;
     kernel.maxDynamicSharedSizeBytes = dynamic;
     const auto error = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &card, &kernel, &state, threads, dynamic);

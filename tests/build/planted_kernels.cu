@@ -36,7 +36,7 @@ template <int n> __global__ void __launch_bounds__(256) template_kernel(const fl
   y[threadIdx.x] = sum;
 }
 
-__global__ void registers_kernel(const float* x, float* y, int steps) {
+__global__ void __launch_bounds__(1) registers_kernel(const float* x, float* y, int steps) {
   constexpr int kValues = GROWN ? 40 : 8;
   float v[kValues];
   for (int i = 0; i < kValues; ++i) v[i] = x[i];
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(1024, 2) spill_kernel(const float* x, float* y
   for (int i = 0; i < 64; ++i) y[i * 1024 + threadIdx.x] = v[i];
 }
 
-__global__ void global_atomic_kernel(const float* x, float* y) { atomicAdd(y, x[threadIdx.x]); }
+__global__ void __launch_bounds__(128) global_atomic_kernel(const float* x, float* y) { atomicAdd(y, x[threadIdx.x]); }
 
-__global__ void shared_atomic_kernel(const float* x, float* y) {
+__global__ void __launch_bounds__(128) shared_atomic_kernel(const float* x, float* y) {
   __shared__ float sum;
   sum = 0.f;
   __syncthreads();
@@ -68,9 +68,13 @@ __global__ void shared_atomic_kernel(const float* x, float* y) {
   *y = sum;
 }
 
-__global__ void float64_kernel(const float* x, float* y) { y[threadIdx.x] = float(x[threadIdx.x] * 1.1); }
+__global__ void __launch_bounds__(128) float64_kernel(const float* x, float* y) {
+  y[threadIdx.x] = float(x[threadIdx.x] * 1.1);
+}
+
+__global__ void unbounded_kernel(float* x) { x[threadIdx.x] = 0.f; }
 #else
-__global__ void retired_kernel(int* x) { atomicAdd(x, 1); }   // integers: the order of additions does not matter
+__global__ void __launch_bounds__(128) retired_kernel(int* x) { atomicAdd(x, 1); }   // integers: in any order
 #endif
 
 }  // namespace
@@ -84,6 +88,7 @@ void launch(float* x, int n) {
   global_atomic_kernel<<<1, 128>>>(x, x);
   shared_atomic_kernel<<<1, 128>>>(x, x);
   float64_kernel<<<1, 128>>>(x, x);
+  unbounded_kernel<<<1, 128>>>(x);
 #else
   retired_kernel<<<1, 128>>>(reinterpret_cast<int*>(x));
 #endif

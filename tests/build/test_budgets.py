@@ -60,6 +60,7 @@ PLANTED = {
     "global atomic": r"global_atomic_kernel, sm_90a: float atomics.*: 1 RED\w*\.E\.ADD\.F32.*; 0 allowed",
     "shared atomic": r"shared_atomic_kernel, sm_90a: float atomics.*: 1 ATOMS\.CAS.*; 0 allowed",
     "float64": r"float64_kernel, sm_90a: float64 arithmetic: 1 DMUL.*; 0 allowed",
+    "no launch bounds": r"unbounded_kernel, sm_90a: has no __launch_bounds__",
     "no budget": r"spill_kernel, sm_90a: has no budget.*",
     "no kernel": r"retired_kernel, sm_90a: has a budget, but is not in the build",
 }
@@ -79,7 +80,8 @@ def test_kernels_as_budgeted_pass(kernels):
     verdict = budgets.check(kernels[0], budgets.budgets_of(kernels[0]))
     assert verdict == budgets.Verdict()
     refused = {line.split(",")[0] for line in budgets.check(kernels[1], budgets.budgets_of(kernels[1])).failures}
-    assert refused == {"spill_kernel", "global_atomic_kernel", "shared_atomic_kernel", "float64_kernel"}
+    assert refused == {"spill_kernel", "global_atomic_kernel", "shared_atomic_kernel", "float64_kernel",
+                       "unbounded_kernel"}
 
 
 @needs_nvcc

@@ -21,37 +21,54 @@ class Block:
     successors: list[int] = field(default_factory=list)
 
 
-def _target(instruction: Instruction) -> int | None:
-    """Where it may branch to. A warp that diverged takes BRA.DIV to a copy of the code that is slow and rarely run."""
-    if re.match(r"(BRX|JMX)U?\b", instruction.opcode):
-        raise ValueError(f"{instruction.opcode} at {instruction.address:#x}: a jump table, which cannot be followed")
-    if not re.match(r"(BRA|CALL)\b", instruction.opcode) or instruction.opcode.startswith("BRA.DIV"):
+JUMP_TABLE = re.compile(r"(BRX|JMX)U?\b")
+
+
+def _label(instruction: Instruction) -> int | None:
+    """The address that a branch, a call, or what prepares one, names."""
+    if not re.match(r"(BRA|CALL|BSSY|WARPSYNC)\b", instruction.opcode):
         return None
     found = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands)
     return int(found[1], 16) if found else None
 
 
+def _branches(instruction: Instruction) -> bool:
+    """A warp that diverged takes BRA.DIV to a copy of the code that is slow and rarely run: not counted as a branch."""
+    return bool(re.match(r"(BRA(?!\.DIV)|CALL)\b", instruction.opcode))
+
+
 def _goes_on(instruction: Instruction) -> bool:
     """Whether the next instruction may follow."""
-    leaves = re.match(r"(EXIT|RET|BRA(?!\.DIV))\b", instruction.opcode)
+    leaves = re.match(r"(EXIT|RET|BRA(?!\.DIV))\b", instruction.opcode) or JUMP_TABLE.match(instruction.opcode)
     return not leaves or bool(instruction.predicate) or bool(re.search(r"\bU?P\d", instruction.operands))
 
 
 def blocks(code: list[Instruction]) -> list[Block]:
-    """The control flow graph; its first block is the entry."""
-    targets = {i.address: t for i in code if (t := _target(i)) not in (None, i.address)}   # to itself: padding
-    leaders = {code[0].address, *targets.values()}
-    leaders |= {after.address for i, after in pairwise(code) if re.match(r"(BRA|CALL|EXIT|RET)\b", i.opcode)}
+    """The control flow graph; its first block is the entry.
+
+    The text does not tell where a jump table leads: to those blocks behind it that nothing else leads to.
+    """
+    labels = {i.address: label for i in code if (label := _label(i)) is not None}
+    ends = re.compile(r"(BRA|CALL|EXIT|RET|BRX|BRXU|JMX|JMXU)\b")
+    leaders = {code[0].address} | {after.address for i, after in pairwise(code) if ends.match(i.opcode)}
+    leaders |= set(labels.values()) & {i.address for i in code}
     index = {address: n for n, address in enumerate(sorted(leaders))}
     graph = [Block() for _ in index]
-    current = graph[0]
+    led_to = {0, *(index[label] for label in labels.values() if label in index)}
+    table = None
     for i, after in zip(code, [*code[1:], None], strict=True):
-        current = graph[index[i.address]] if i.address in index else current
-        current.opcodes.append(i.opcode)
-        if i.address in targets:
-            current.successors.append(index[targets[i.address]])
+        if i.address in index:
+            at = index[i.address]
+            if table is not None and at not in led_to:
+                graph[table].successors.append(at)
+        graph[at].opcodes.append(i.opcode)
+        label = labels.get(i.address)
+        if _branches(i) and label in index and label != i.address:   # to itself: padding behind the end
+            graph[at].successors.append(index[label])
         if after and after.address in index and _goes_on(i):
-            current.successors.append(index[after.address])
+            graph[at].successors.append(index[after.address])
+            led_to.add(index[after.address])
+        table = at if JUMP_TABLE.match(i.opcode) else table
     return graph
 
 

@@ -174,6 +174,8 @@ def test_uniform_predicates_and_diverged_warps():
         ["BRA.DIV", "SHFL.BFLY", "BRA.U"]]
 
 
-def test_a_jump_table_is_refused():
-    with pytest.raises(ValueError, match="BRX at 0x1: a jump table"):
-        graph("0: MOV", "1: BRX R2 -0x1", "2: EXIT")
+def test_a_jump_table_leads_to_what_nothing_else_leads_to():
+    g = graph("0: MOV", "1: @P0 BRA 0x8", "2: BRX R2 -0x3", "3: FADD", "4: BRA 0x8", "5: FMUL", "6: FMUL", "7: BRA 0x8",
+              "8: @P0 BRA 0x1", "9: EXIT", "a: BRA 0xa")
+    (first, body), = control_flow.natural_loops(g).items()
+    assert control_flow.longest_path(g, body, first, {}) == ["BRA", "BRX", "FMUL", "FMUL", "BRA", "BRA"]

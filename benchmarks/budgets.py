@@ -31,7 +31,7 @@ FORBIDDEN = (
 )
 RESOURCES = {"registers": "registers", "shared": "bytes of static shared memory", "stack": "bytes of stack"}
 
-PLAIN = {"depth", "innermost", "issued", "fma", "alu"}   # of a loop's entries, those whose mix the compiler may choose
+PLAIN = {"depth", "innermost", "wide", "issued", "fma", "alu"}   # of a loop's entries; the others may not grow at all
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Verdict:
 
 
 def budget_of(kernel: Kernel) -> dict[str, Any]:
-    loops = [{"depth": loop.depth, "innermost": loop.innermost, **loop.counts} for loop in kernel.loops]
+    loops = [{"depth": loop.depth, "innermost": loop.innermost, **loop.counts,
+              **({"wide": loop.wide} if loop.wide else {})} for loop in kernel.loops]
     resources = {name: getattr(kernel, name) for name in [*RESOURCES, "threads"]}
     return resources | {"outside": kernel.outside, "loops": loops}
 
@@ -68,35 +69,43 @@ def text(budgets: dict[str, Any]) -> str:
     return f'{{"nvcc": "{budgets["nvcc"]}",\n"kernels": {{\n' + ",\n".join(lines) + "}}\n"
 
 
-def _of(what: str, loop: dict[str, Any]) -> dict[str, int]:
+def _of(what: str, path: dict[str, Any]) -> dict[str, int]:
     """The counts of one kind of instruction, whatever the width: four narrow loads are more than one wide one."""
-    return {kind: n for kind, n in loop.items() if kind.split(".")[0] == what}
+    return {kind: n for kind, n in path.items() if kind.split(".")[0] == what}
 
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in counts.items())
 
 
-def _compare_loops(where: str, came: list[dict[str, Any]], allowed: list[dict[str, Any]], grew: Callable[[str], None],
-                   shrank: Callable[[str], None]) -> None:
+Say = Callable[[str], None]
+
+
+def _compare_loops(where: str, came: list[dict[str, Any]], allowed: list[dict[str, Any]], grew: Say,
+                   shrank: Say) -> None:
     shape = [[(loop["depth"], loop["innermost"]) for loop in loops] for loops in (came, allowed)]
     if shape[0] != shape[1]:
         grew(f"{where}: its loops are nested otherwise than in the budget ({len(came)} loops, {len(allowed)} there), so"
              " their counts cannot be compared; if this is meant, --update and read the diff")
         return
     for number, (now, before) in enumerate(zip(came, allowed, strict=True)):
-        if not now["innermost"]:
-            continue
-        inner = f"{where}, loop {number}"
-        limit = math.floor(before["issued"] * (1 + SLACK))
-        if now["issued"] > limit:
-            grew(f"{inner}: {now['issued']} issue slots an iteration, {limit} allowed")
-        elif now["issued"] < before["issued"]:
-            shrank(f"{inner}: {now['issued']} issue slots an iteration, {before['issued']} in the budget")
-        for what in sorted({kind.split(".")[0] for kind in now.keys() - PLAIN}):
-            more, most = (_of(what, loop) for loop in (now, before))
-            if sum(more.values()) > sum(most.values()):
-                grew(f"{inner}: {_listed(more)} an iteration, {_listed(most) or 'no ' + what} allowed")
+        if now["innermost"]:
+            _compare_paths(f"{where}, loop {number}", now, before, grew, shrank)
+        if now["innermost"] and ("wide" in now or "wide" in before):
+            paths = (loop.get("wide", loop) for loop in (now, before))
+            _compare_paths(f"{where}, loop {number}, with wide accesses", *paths, grew, shrank)
+
+
+def _compare_paths(where: str, now: dict[str, Any], before: dict[str, Any], grew: Say, shrank: Say) -> None:
+    limit = math.floor(before["issued"] * (1 + SLACK))
+    if now["issued"] > limit:
+        grew(f"{where}: {now['issued']} issue slots an iteration, {limit} allowed")
+    elif now["issued"] < before["issued"]:
+        shrank(f"{where}: {now['issued']} issue slots an iteration, {before['issued']} in the budget")
+    for what in sorted({kind.split(".")[0] for kind in now.keys() - PLAIN}):
+        more, most = (_of(what, path) for path in (now, before))
+        if sum(more.values()) > sum(most.values()):
+            grew(f"{where}: {_listed(more)} an iteration, {_listed(most) or 'no ' + what} allowed")
 
 
 def check(kernels: list[Kernel], budgets: dict[str, Any]) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -115,8 +116,9 @@ def natural_loops(graph: list[Block]) -> dict[int, set[int]]:
     return loops
 
 
-def longest_path(graph: list[Block], body: set[int], first: int, inner: dict[int, set[int]]) -> list[str]:
-    """Opcodes of the longest path from `first` through `body`, back to `first` or to an end of the kernel.
+def longest_path(graph: list[Block], body: set[int], first: int, inner: dict[int, set[int]],
+                 weight: Callable[[str], int] = lambda opcode: 1) -> list[str]:
+    """Opcodes of the heaviest path from `first` through `body`, back to `first` or to an end of the kernel.
 
     The loops `inner` of `body` are passed through, and their instructions left out.
     """
@@ -125,17 +127,17 @@ def longest_path(graph: list[Block], body: set[int], first: int, inner: dict[int
     members: dict[int, set[int]] = {}
     for block in body:
         members.setdefault(owner.get(block, block), set()).add(block)
-    longest: dict[int, int] = {}              # instructions from a block on, if a path goes on from it to the end
+    heaviest: dict[int, int] = {}             # from a block on, if a path goes on from it to the end
     step: dict[int, int | None] = {}          # where that path goes
     for node in reversed(_reachable(graph)):  # what follows a block comes before it, but for the ways back
         if node not in members:
             continue
         after = {s for m in members[node] for s in graph[m].successors}
         ways = {owner.get(s, s) for s in after & body} - {node, first}
-        on = max((w for w in sorted(ways) if w in longest), key=lambda w: longest[w], default=None)
+        on = max((w for w in sorted(ways) if w in heaviest), key=lambda w: heaviest[w], default=None)
         if on is not None or first in after or not after:
-            own = 0 if node in inner else len(graph[node].opcodes)
-            longest[node], step[node] = own + (longest[on] if on is not None else 0), on
+            own = 0 if node in inner else sum(map(weight, graph[node].opcodes))
+            heaviest[node], step[node] = own + (heaviest[on] if on is not None else 0), on
     opcodes: list[str] = []
     at: int | None = owner.get(first, first)
     while at is not None and at in step:

@@ -3,6 +3,9 @@
 A loop is a natural loop of the control flow graph. What is counted for it is one iteration along its longest path:
 where a branch picks one of several dtypes, one of them is run. Loops inside it are left out: they are counted apart.
 Calls into the compiler's slow paths (denormal quotients, 64-bit division) are counted as the call alone.
+
+Code that accesses global memory 8 or 16 bytes at a time, if it may, is shorter than what it does otherwise. The path of
+that code is counted as well: the longest of those with the fewest accesses of less than 8 bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from benchmarks.control_flow import Instruction, blocks, longest_path, natural_loops
 
@@ -32,6 +36,8 @@ FMA = re.compile(r"(FFMA|FMUL|FADD|IMAD|HFMA2|HMUL2|HADD2)\b")
 SPECIAL = re.compile(r"(MUFU|I2F|F2I|F2F|FRND|POPC)\b")
 MATRIX = re.compile(r"(HMMA|IMMA|HGMMA|IGMMA)\b")
 MEMORY = re.compile(r"(LDS|STS|LDG|STG|LDGSTS|LDSM|LDL|STL|LD|ST)\b")
+GLOBAL = re.compile(r"(LDG|STG|LD|ST)\b")
+WIDE = re.compile(r"(LDG|STG|LD|ST)\b.*\.(64|128)\b")
 NAMED = re.compile(r"(SHFL|BAR|REDUX)\b")
 OTHER = re.compile(r"(U[A-Z]|BRA|BS|BMOV|EXIT|CALL|RET|R2UR|S2|CS2R|LDC|VOTE|ELECT|MEMBAR|YIELD|WARPSYNC|\w*DEPBAR)")
 
@@ -40,7 +46,8 @@ OTHER = re.compile(r"(U[A-Z]|BRA|BS|BMOV|EXIT|CALL|RET|R2UR|S2|CS2R|LDC|VOTE|ELE
 class Loop:
     depth: int                    # 1: not inside another loop
     innermost: bool
-    counts: dict[str, int]        # see `histogram`
+    counts: dict[str, int]        # of the longest path, see `histogram`
+    wide: dict[str, int]          # of the path with wide accesses; empty where it is the longest, or there is none
 
 
 @dataclass
@@ -82,16 +89,27 @@ def histogram(opcodes: Iterable[str]) -> dict[str, int]:
     return {k: counts.pop(k, 0) for k in ("issued", "fma", "alu")} | dict(sorted(counts.items()))
 
 
+def wide_path(*loop: Any) -> list[str]:
+    def weight(opcode: str) -> int:
+        return -100000 if GLOBAL.match(opcode) and not WIDE.match(opcode) else 1
+
+    opcodes = longest_path(*loop, weight)
+    return opcodes if any(WIDE.match(opcode) for opcode in opcodes) else []
+
+
 def count(kernel: Kernel, code: list[Instruction]) -> None:
     graph = blocks(code)
     loops = natural_loops(graph)
     kernel.opcodes = Counter(i.opcode for i in code)
     kernel.outside = histogram(longest_path(graph, set(range(len(graph))), 0, loops))
     for first, body in sorted(loops.items()):
+        inner = {f: b for f, b in loops.items() if b < body}
+        longest, wide = longest_path(graph, body, first, inner), wide_path(graph, body, first, inner)
         kernel.loops.append(Loop(
             depth=sum(first in other for other in loops.values()),
-            innermost=not any(f in body for f in loops if f != first),
-            counts=histogram(longest_path(graph, body, first, {f: b for f, b in loops.items() if b < body})),
+            innermost=not inner,
+            counts=histogram(longest),
+            wide=histogram(wide) if wide and wide != longest else {},
         ))
 
 

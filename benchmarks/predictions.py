@@ -33,8 +33,9 @@ these budgets, spills registers, adds with float atomics or computes in float64;
 A multiprocessor has four schedulers, each of which issues one warp instruction a cycle. A launch cannot be faster than
 its fullest pipe (issue slots; float32; integers; special functions at 8 cycles of a scheduler each; shared memory at 4
 cycles a wavefront or shuffle), nor than its bytes at the bandwidth of the card. The prediction is the largest of these,
-in brackets which one it is, summed over the launches of a work. Loops count with their longest path. Latency, caches,
-the time to launch and all waiting are left out, so that a real kernel takes longer.
+in brackets which one it is, summed over the launches of a work. Loops count with the longest path that accesses memory
+8 or 16 bytes at a time where it can. Latency, caches, the time to launch and all waiting are left out, so that a real
+kernel takes longer.
 """
 CARDS = """
 | card | architecture | multiprocessors | clock | bandwidth | taken from |
@@ -61,12 +62,15 @@ class Prediction:
 def loop_with(name: str, loops: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
     """The loop of that name, see benchmarks/workloads.py, and how many it has of the first instruction in its name."""
     kind, *others = name.split()
-    found = [loop for loop in loops
-             if kind in loop and all((other.lstrip("-") in loop) != other.startswith("-") for other in others)]
+
+    def fits(path: dict[str, Any]) -> bool:
+        return kind in path and all((other.lstrip("-") in path) != other.startswith("-") for other in others)
+
+    found = [p for p in (loop.get("wide", loop) for loop in loops) if fits(p)] or [p for p in loops if fits(p)]
     if not found:
         raise KeyError(f"no loop has {name}")
-    loop = min(found, key=lambda loop: loop["issued"] / loop[kind])
-    return loop, loop[kind]
+    path = min(found, key=lambda path: path["issued"] / path[kind])
+    return path, path[kind]
 
 
 def executed(budget: Mapping[str, Any], launch: Launch) -> Counter[str]:
@@ -80,7 +84,7 @@ def executed(budget: Mapping[str, Any], launch: Launch) -> Counter[str]:
     parts += [(loop_with(name, budget["loops"])[0], times) for name, times in launch.iterations.items()]
     for part, times in parts:
         for kind, n in part.items():
-            if kind not in ("depth", "innermost"):
+            if kind not in ("depth", "innermost", "wide"):
                 counts[kind] += n * times
     return counts
 

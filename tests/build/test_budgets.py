@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import budgets, control_flow
+from benchmarks import budgets, control_flow, machine_code
 from benchmarks.machine_code import histogram, read
 
 HERE = Path(__file__).parent
@@ -157,6 +157,16 @@ def test_of_two_branches_the_longer_one_is_counted():
     (first, body), = control_flow.natural_loops(g).items()
     assert control_flow.longest_path(g, body, first, {}).count("LDG.E.U16") == 3
     assert "LDG.E.128" not in control_flow.longest_path(g, body, first, {})
+
+
+def test_the_path_with_wide_accesses_is_counted_beside_the_longest():
+    g = graph("0: MOV", "1: FADD", "2: @P0 BRA 0x5", "3: LDG.E.128", "4: BRA 0x8", "5: LDG.E.U16", "6: LDG.E.U16",
+              "7: LDG.E.U16", "8: @P0 BRA 0xb", "9: LDG.E", "a: FADD", "b: @P0 BRA 0x1", "c: EXIT")
+    (first, body), = control_flow.natural_loops(g).items()
+    assert control_flow.longest_path(g, body, first, {}).count("LDG.E.U16") == 3
+    assert machine_code.wide_path(g, body, first, {}) == ["FADD", "BRA", "LDG.E.128", "BRA", "BRA", "BRA"]
+    g = graph("0: MOV", "1: LDG.E.U16", "2: @P0 BRA 0x1", "3: EXIT")
+    assert machine_code.wide_path(g, {1}, 1, {}) == []
 
 
 def test_loops_inside_are_left_out():

@@ -103,3 +103,26 @@ def cards() -> list[dict[str, Any]]:
             "kernels": how or "has no kernels in this build: build pyseq from source here",
         })  # fmt: skip
     return found
+
+
+def usable_device(name: str | None) -> str:
+    """`name` if it can be computed on here; None: a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device, and why.
+    """
+    if name is None:
+        return "cpu" if absence() else "cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: expected cpu, cuda or cuda:<number>") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: expected cpu, cuda or cuda:<number>")
+    if device.type == "cuda":
+        why = absence()
+        if why is None and (device.index or 0) >= torch.cuda.device_count():
+            why = f"there are {torch.cuda.device_count()} GPUs here, counted from 0"
+        if why:
+            raise ValueError(f"device {name!r}: {why}")
+    return name

@@ -86,3 +86,28 @@ def test_a_build_without_cuda_kernels_says_so(monkeypatch):
         x, w = torch.empty(2, 8, device="cuda"), torch.empty(8, device="cuda")
     with pytest.raises(ValueError, match=r"rms_norm_gated: x is on a GPU, and this pyseq was built without CUDA"):
         pyseq.rms_norm_gated(x, w)
+
+
+@pytest.mark.parametrize(
+    ("name", "absence", "expected"),
+    [
+        ("cpu", "no GPU", "cpu"),
+        (None, "no GPU", "cpu"),
+        (None, None, "cuda"),
+        ("cuda", None, "cuda"),
+        ("cuda:1", None, "cuda:1"),
+        ("cuda", "torch sees no GPU", "device 'cuda': torch sees no GPU"),
+        ("cuda:2", None, "device 'cuda:2': there are 2 GPUs here, counted from 0"),
+        ("tpu", None, "device 'tpu': expected cpu, cuda or cuda:<number>"),
+        ("mps", None, "device 'mps': expected cpu, cuda or cuda:<number>"),
+        ("cuda:x", None, "device 'cuda:x': expected"),
+    ],
+)
+def test_a_device_is_usable_or_the_reason_is_told(monkeypatch, name, absence, expected):
+    monkeypatch.setattr(_cuda, "absence", lambda: absence)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if expected.startswith("device"):
+        with pytest.raises(ValueError, match=f"^{expected}"):
+            _cuda.usable_device(name)
+    else:
+        assert _cuda.usable_device(name) == expected

@@ -37,7 +37,7 @@ def bench(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to time.", show_default="all")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time spent on each measurement.")] = 0.5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Device = "cpu",
+    device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -49,10 +49,12 @@ def bench(
     use_threads(threads)
     import torch
 
+    from pyseq._cuda import usable_device
     from pyseq._library import REGISTRY
 
     from .workloads import WORKLOADS
 
+    device = usable_device(device)
     names = ops or list(REGISTRY)
     for name in names:
         if name not in REGISTRY:

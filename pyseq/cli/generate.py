@@ -33,7 +33,7 @@ def generate(
         list[str] | None, typer.Option(help="Text that ends the writing.", rich_help_panel=SAMPLING)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same.", rich_help_panel=SAMPLING)] = None,
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16.", show_default="the checkpoint's")] = None,
     threads: Threads = None,
     json: Json = False,
@@ -46,13 +46,14 @@ def generate(
     use_threads(threads)
     import torch
 
+    from pyseq._cuda import usable_device
     from pyseq.models import from_pretrained
 
     kinds = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise typer.BadParameter(f"{dtype!r}: expected float32 or bfloat16", param_hint="--dtype")
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = from_pretrained(checkpoint_in(model), device=device, dtype=kinds[dtype]).pack()
+    loaded = from_pretrained(checkpoint_in(model), device=usable_device(device), dtype=kinds[dtype]).pack()
     options = {
         "temperature": temperature,
         "top_k": top_k,

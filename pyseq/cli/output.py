@@ -20,7 +20,9 @@ R = TypeVar("R")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default what torch chooses.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1, ...")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:1, ...", show_default="cuda if there is a GPU, else cpu")
+]
 
 
 def results() -> Console:

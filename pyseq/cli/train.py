@@ -80,7 +80,7 @@ def train(
         typer.Option(
             "--bf16/--no-bf16",
             help="Matrix products in bfloat16.",
-            show_default="where the CPU has instructions for it",
+            show_default="on a GPU, and where the CPU has instructions for it",
             rich_help_panel=OPTIMIZER,
         ),
     ] = None,
@@ -101,7 +101,12 @@ def train(
     seed: Annotated[
         int | None, typer.Option(help="Of weights and of the order of the text.", rich_help_panel=RUN)
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1, ...", rich_help_panel=RUN)] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:1, ...", show_default="cuda if there is a GPU, else cpu", rich_help_panel=RUN
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice", rich_help_panel=RUN)
     ] = None,
@@ -128,6 +133,7 @@ def train(
         extra = ", ".join(sorted(given) or ["out"])
         raise typer.BadParameter(f"goes on with the settings of the run: leave out {extra}", param_hint="--resume")
     use_threads(threads)
+    from pyseq._cuda import usable_device
     from pyseq.train import PRESETS, Settings
     from pyseq.train import preset as values_of
     from pyseq.train import resume as resume_run
@@ -142,7 +148,8 @@ def train(
         if resume:
             result = resume_run(resume, bars)
         else:
-            result = start_run(Settings(**merged(values_of(preset), given)), out or Path("runs/train"), bars)
+            values = merged(values_of(preset, usable_device(device)), given)
+            result = start_run(Settings(**values), out or Path("runs/train"), bars)
     report(result, json)
     if result.stopped_by is not None:
         messages().print(

@@ -105,10 +105,10 @@ def mamba_step(dtype: torch.dtype, device: str) -> list[Work]:
 
 
 def linear(dtype: torch.dtype, device: str) -> list[Work]:
-    """The first projection of the layer, [2 D, d_model], its weight packed: bytes are dominated by the weight."""
+    """The first projection of the layer, [2 D, d_model], on a CPU packed: bytes are dominated by the weight."""
     kind = torch.float32 if dtype == torch.float16 else dtype  # weights are float32 or bfloat16
     weight = _normal(2 * D, D_MODEL, device=device, dtype=kind)
-    packed = pyseq.pack_linear(weight)
+    packed = pyseq.pack_linear(weight) if torch.device(device).type == "cpu" else weight
 
     def work(rows: int) -> Work:
         x = _normal(rows, D_MODEL, device=device, dtype=kind)

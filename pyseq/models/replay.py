@@ -34,9 +34,16 @@ class CudaGraphs:
 
     def record(self, function: Function) -> Function:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.stream):
+        # thread_local: what other threads of the program do on their devices does not break the capture.
+        capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), capture:
             function()
-        return graph.replay
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay
 
 
 def graphs_for(device: torch.device) -> Graphs | None:

@@ -29,7 +29,7 @@ def candidates(
     # Sorting a whole vocabulary costs more than a small model's step; the nucleus is mostly among the first few. On a
     # GPU to look whether it is costs more, and a captured graph cannot look.
     total = (scaled if k == vocab else scaled.topk(k)[0]).exp().sum(-1, keepdim=True)
-    n = k if scaled.is_cuda else min(k, 64)
+    n = min(k, 64) if scaled.device.type == "cpu" else k
     while True:
         values, ids = scaled.topk(n)
         probs = values.exp() / total

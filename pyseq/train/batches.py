@@ -28,6 +28,11 @@ class Batch:
     continues: Tensor  # [batch], bool: the row goes on in the document in which its previous window ended
 
 
+def move(t: Tensor, device: torch.device) -> Tensor:
+    """`t` on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
 class Batches:
     """`batches[k]` is the k-th batch."""
 
@@ -93,7 +98,7 @@ class Batches:
 
 def final_rows(state: Any, batch: Batch) -> Any:
     """From the states after each sequence, [S, ...], those after each row, [batch, ...], cut off from their past."""
-    return tree_map(lambda tensor: tensor.detach()[batch.last.to(tensor.device)], state)
+    return tree_map(lambda tensor: tensor.detach()[move(batch.last, tensor.device)], state)
 
 
 def carried_state(rows: Any, batch: Batch) -> Any:
@@ -102,10 +107,12 @@ def carried_state(rows: Any, batch: Batch) -> Any:
     if rows is None or not bool(batch.continues.any()):
         return None
     sequences = len(batch.cu_seqlens) - 1
+    # Indices and not masks: how many there are is known here, and a GPU need not be asked.
+    begins, continues = batch.first[batch.continues], batch.continues.nonzero()[:, 0]
 
     def begin(tensor: Tensor) -> Tensor:
         states = tensor.new_zeros(sequences, *tensor.shape[1:])
-        states[batch.first[batch.continues].to(tensor.device)] = tensor[batch.continues.to(tensor.device)]
+        states[move(begins, tensor.device)] = tensor[move(continues, tensor.device)]
         return states
 
     return tree_map(begin, rows)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyseq._cuda import usable_device
 from pyseq.models import CausalLM
 
 from . import checkpoint
-from .batches import Batch, Batches, carried_state, final_rows
+from .batches import Batch, Batches, carried_state, final_rows, move
 from .chart import Curve, draw
 from .corpus import Corpus, open_corpus, prepare, text_files
 from .evaluate import bits_per_byte
@@ -68,6 +69,7 @@ def train(settings: Settings, out: Path, watcher: Watcher | None = None) -> Resu
     """Starts a run in the folder `out`, which must not hold one."""
     if checkpoint.checkpoints(out):
         raise ValueError(f"out: {out} already holds a run; resume it or choose another folder")
+    usable_device(settings.device)
     watcher = watcher or Watcher()
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(out)
@@ -87,6 +89,7 @@ def resume(out: Path, watcher: Watcher | None = None) -> Result:
     checkpoint.sweep(out)
     facts = checkpoint.facts(found[-1])
     settings = Settings.from_json(facts["settings"])
+    usable_device(settings.device)
     run = Run(settings, out, open_corpus(out / "data"), load_model(found[-1], settings), watcher or Watcher(), facts)
     run.restore(found[-1])
     return run.go()
@@ -184,13 +187,14 @@ class Run:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-        return total.item(), norm.item(), rows
+        loss_value, norm_value = torch.stack([total, norm]).tolist()  # the one place where a step waits for its device
+        return loss_value, norm_value, rows
 
     def _loss(self, model: CausalLM, batch: Batch, state: Any) -> tuple[Tensor, Any]:
         device = torch.device(self.settings.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bf16):
-            out = model(batch.inputs.to(device), state, cu_seqlens=batch.cu_seqlens.to(device))
-        return F.cross_entropy(out.logits[0].float(), batch.targets[0].to(device)), out.state
+            out = model(move(batch.inputs, device), state, cu_seqlens=move(batch.cu_seqlens, device))
+        return F.cross_entropy(out.logits[0].float(), move(batch.targets[0], device)), out.state
 
     def _evaluate(self, log: Log) -> None:
         self.held_out = bits_per_byte(

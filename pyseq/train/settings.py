@@ -96,6 +96,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
-    """The values of a preset for this machine: bfloat16 products where the CPU has instructions for them."""
-    return {**PRESETS[name], "bf16": bool(_C.cpu_has_avx512_bf16)}
+def preset(name: str, device: str = "cpu") -> dict[str, Any]:
+    """The values of a preset on a device: bfloat16 products on a GPU, and where the CPU has instructions for them."""
+    return {**PRESETS[name], "bf16": device != "cpu" or bool(_C.cpu_has_avx512_bf16), "device": device}

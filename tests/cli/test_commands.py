@@ -58,6 +58,7 @@ def test_train_prints_results_and_resumes(run: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["nowhere.txt", "--steps", 3], 1, "neither a file nor a folder"),
+        (["--steps", 3, "--device", "tpu"], 1, "device 'tpu': expected cpu, cuda or cuda:<number>"),
         (["--learning-rate", -1], 1, "learning_rate = -1.0"),
         (["--preset", "huge"], 2, "expected one of demo, small, medium"),
         (["--time-limit", "soon"], 2, "expected a time"),
@@ -147,6 +148,8 @@ def test_doctor_says_what_is_slow_and_why(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_verify_passes_and_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.loads(call("verify", "mamba_step", "--json").stdout)
+    assert report["passed"] and all(0 < row["step"] <= 1 and row["forward"] is None for row in report["errors"])
     report = json.loads(call("verify", "rms_norm_gated", "--json").stdout)
     assert report["passed"] and len(report["errors"]) >= len(testing.DTYPES)
     assert all(0 < row["forward"] <= 1 and 0 < row["gradients"] <= 1 for row in report["errors"])
@@ -156,6 +159,13 @@ def test_verify_passes_and_would_notice(monkeypatch: pytest.MonkeyPatch) -> None
     shown = call("verify", "rms_norm_gated", code=1).stdout
     assert "Beyond it" in shown
     assert "expected some of" in call("verify", "no_such_op", code=2).stderr
+
+
+@pytest.mark.parametrize("command", [("train", "--steps", 1), ("generate", "anything"), ("bench",)])
+def test_a_gpu_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...]) -> None:
+    monkeypatch.setattr("pyseq._cuda.absence", lambda: "torch sees no GPU")
+    failed = call(*command, "--device", "cuda", code=1)
+    assert failed.stderr.strip() == "error: device 'cuda': torch sees no GPU"
 
 
 def test_bench_has_work_for_every_op() -> None:

@@ -184,3 +184,15 @@ def test_a_step_on_the_emulator_is_the_step(tiny, layer_args, backend):
             assert torch.equal(stepped, got)
     for a, b in zip(tree_leaves(states[0]), tree_leaves(states[1]), strict=True):
         testing.assert_close(b, a.double(), "state", "gradient")
+
+
+@pytest.mark.parametrize("device", ["cuda"] if torch.cuda.is_available() else [])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_cuda_graph_gives_the_same_tokens(tiny, monkeypatch, options, device):
+    model, ids = tiny(pad_token_id=60).to(device), IDS.to(device)
+    graphed, state = model.generate(ids, 40, return_state=True, **options)
+    monkeypatch.setattr(generation, "graphs_for", lambda device: None)
+    plain, after = model.generate(ids, 40, return_state=True, **options)
+    assert torch.equal(graphed, plain)
+    for a, b in zip(tree_leaves(state), tree_leaves(after), strict=True):
+        assert torch.equal(a, b)

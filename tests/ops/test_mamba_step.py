@@ -80,9 +80,10 @@ def test_more_channels_than_resident_blocks_take_at_once(backend):
     D = 64 * 264 + 5
     torch.manual_seed(0)
     arguments = {
-        "conv_state": torch.randn(1, D, 1), "state": torch.randn(1, D, 1), "x": torch.randn(1, D), "z": torch.randn(1, D),
-        "conv_weight": torch.randn(D, 2), "conv_bias": None, "x_proj_weight": torch.randn(3, D) / D**0.5,
-        "dt_proj_weight": torch.randn(D, 1), "dt_bias": torch.randn(D), "A": -torch.rand(D, 1), "D": torch.randn(D),
+        "conv_state": torch.randn(1, D, 1), "state": torch.randn(1, D, 1), "x": torch.randn(1, D),
+        "z": torch.randn(1, D), "conv_weight": torch.randn(D, 2), "conv_bias": None,
+        "x_proj_weight": torch.randn(3, D) / D**0.5, "dt_proj_weight": torch.randn(D, 1), "dt_bias": torch.randn(D),
+        "A": -torch.rand(D, 1), "D": torch.randn(D),
     }  # fmt: skip
     exact = testing.expected_update(OP, arguments)
     with on(backend) as device:

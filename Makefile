@@ -18,7 +18,8 @@ ifndef V
 endif
 
 .PHONY: help install demo test lint bench bench-quick bench-peers docs wheel check-abi check-compilers check-aarch64 \
-        check-sanitizers check-symbols check-kernels predictions test-large clean
+        check-sanitizers check-symbols check-kernels predictions test-large gpu gpu-check gpu-bench gpu-profile gpu-dry-run \
+        clean
 
 help:  ## this list
 	grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
@@ -84,6 +85,19 @@ check-kernels: $(VENV)/.dev install  ## the CUDA kernels' machine code against b
 
 predictions: $(VENV)/.dev  ## docs/gpu.md: times of the CUDA kernels, predicted from their budgets
 	$(BIN)/python -m benchmarks.predictions --write
+
+gpu:  ## on a machine with a GPU, offline: the three parts below, 8 minutes each; PYTHON is one with torch >= 2.10
+	$(PYTHON) -m benchmarks.gpu.machine >/dev/null
+	for part in check bench profile; do scripts/gpu.sh $$part || failed="$$failed $$part"; done; \
+	  test -z "$$failed" || { echo "make gpu: failed:$$failed" >&2; exit 1; }
+gpu-check:  ## builds for that card; its tests, random shapes, graphs, streams, big offsets, compute-sanitizer
+	scripts/gpu.sh check
+gpu-bench:  ## the card's limits, the timing tables, the peers that import there
+	scripts/gpu.sh bench
+gpu-profile:  ## hardware counters of the hottest kernels
+	scripts/gpu.sh profile
+gpu-dry-run: $(VENV)/.dev install  ## without a GPU: every step of `make gpu` that needs none
+	PYTHON=$(PYTHON_BIN) scripts/gpu.sh dry-run
 
 docs: $(VENV)/.dev install  ## the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

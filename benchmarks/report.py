@@ -1,8 +1,10 @@
-"""benchmarks/results/*.json -> docs/performance.md and its plots. It shows nothing that a results file lacks."""
+"""benchmarks/results/*.json and <card>/*.json -> docs/performance.md and its plots: nothing that a file lacks."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu.report import cards, section
 
 HEAD = """# Performance
 
@@ -65,21 +67,34 @@ def _plot(works: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def write(results: Path, docs: Path) -> None:
+def page(results: Path) -> str:
+    """The text of docs/performance.md: machines with a results file, GPUs with a folder of them, the notes."""
     parts = [HEAD]
     for path in sorted(results.glob("*.json")):
         result = json.loads(path.read_text())
-        works = sorted(result["works"], key=lambda w: (not w["targets"], w["work"]))
+        works = _in_order(result)
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         parts.append(f"## {result['cpu']['model name']}, family {result['cpu']['cpu family']}, model "
                      f"{result['cpu']['model']}, {result['cores']} cores\n\n{result['date']}; {versions}.\n")
         parts.append("Machine, measured in the same run: "
                      + ", ".join(f"{k} {v}" for k, v in result["probe"].items()) + ".\n")
-        picture = f"performance-{path.stem}.png"
         if any(w["targets"] for w in works):
-            _plot(works, docs / picture)
-            parts.append(f"![Time of each peer over time of pyseq]({picture})\n")
+            parts.append(f"![Time of each peer over time of pyseq](performance-{path.stem}.png)\n")
         parts.append("| work | pyseq | peers | bound | of bound |\n|---|---|---|---|---|\n"
                      + "\n".join(_row(w) for w in works) + "\n")
+    parts += [section(folder) for folder in cards(results)]
     parts.append(NOTES.read_text())
-    (docs / "performance.md").write_text("\n".join(parts))
+    return "\n".join(parts)
+
+
+def _in_order(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(result["works"], key=lambda w: (not w["targets"], w["work"]))
+
+
+def write(results: Path, docs: Path) -> None:
+    """The page and its plots."""
+    for path in sorted(results.glob("*.json")):
+        works = _in_order(json.loads(path.read_text()))
+        if any(w["targets"] for w in works):
+            _plot(works, docs / f"performance-{path.stem}.png")
+    (docs / "performance.md").write_text(page(results))

@@ -40,7 +40,7 @@ def _scan(cut: str) -> Callable[..., Tensor]:
     chunk = torch.compile(_chunk, dynamic=False, fullgraph=True)
 
     def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
-        h = torch.zeros(u.shape[0], *A.shape)
+        h = A.new_zeros(u.shape[0], *A.shape)
         ys = []
         for cu, cdt, cB, cC, cz in zip(*(_cuts(x, cut) for x in (u, dt, B, C, z)), strict=True):
             y, h = chunk(h, cu, cdt, A, cB, cC, D, cz, dt_bias)

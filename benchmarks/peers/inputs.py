@@ -34,24 +34,62 @@ class Conv:
     dy: Tensor  # [B, T, D]
 
 
-T = TypeVar("T", Scan, Conv)
+@dataclass(frozen=True)
+class Norm:
+    """y = weight * norm(x silu(z)), or weight * norm(x) * silu(z) where the norm comes first."""
+
+    x: Tensor  # [B, T, D]
+    weight: Tensor  # [D]
+    z: Tensor  # [B, T, D]
+    dy: Tensor  # [B, T, D]
 
 
-def scan(batch: int, time: int, channels: int, state: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Scan:
+@dataclass(frozen=True)
+class ScanStep:
+    """One token of Scan; the state is updated in place."""
+
+    state: Tensor  # [B, D, N]
+    u: Tensor  # [B, D]
+    dt: Tensor  # [B, D]
+    A: Tensor  # [D, N]
+    B: Tensor  # [B, N]
+    C: Tensor  # [B, N]
+    D: Tensor  # [D]
+    z: Tensor  # [B, D]
+    dt_bias: Tensor  # [D]
+
+
+@dataclass(frozen=True)
+class ConvStep:
+    """One token of Conv; the state, oldest sample first, is updated in place."""
+
+    state: Tensor  # [B, D, W - 1]
+    x: Tensor  # [B, D]
+    weight: Tensor  # [D, W]
+    bias: Tensor  # [D]
+
+
+T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep)
+
+
+def scan(
+    batch: int, time: int, channels: int, state: int, dtype: torch.dtype = torch.float32, seed: int = 0,
+    device: str = "cpu",
+) -> Scan:
     """Inputs with the magnitudes of a Mamba layer at initialisation: A = -(1..N), softplus(dt) in 0.001..0.1.
 
     A, D and dt_bias are float32 whatever `dtype` is, as they are in a model.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
+        return torch.randn(*shape, generator=g, device=device)
 
-    step = torch.exp(torch.empty(channels).uniform_(-6.9, -2.3, generator=g))
+    step = torch.exp(torch.empty(channels, device=device).uniform_(-6.9, -2.3, generator=g))
     return Scan(
         u=normal(batch, time, channels).to(dtype),
         dt=(0.5 * normal(batch, time, channels)).to(dtype),
-        A=-torch.arange(1.0, state + 1).repeat(channels, 1),
+        A=-torch.arange(1.0, state + 1, device=device).repeat(channels, 1),
         B=normal(batch, time, state).to(dtype),
         C=normal(batch, time, state).to(dtype),
         D=normal(channels),
@@ -62,16 +100,50 @@ def scan(batch: int, time: int, channels: int, state: int, dtype: torch.dtype = 
 
 
 def conv(
-    batch: int, time: int, channels: int, width: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0
+    batch: int, time: int, channels: int, width: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0,
+    device: str = "cpu",
 ) -> Conv:
     """Inputs of unit variance; weight and bias are float32 whatever `dtype` is."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
     return Conv(
-        x=torch.randn(batch, time, channels, generator=g).to(dtype),
-        weight=torch.randn(channels, width, generator=g) / width**0.5,
-        bias=torch.randn(channels, generator=g),
-        dy=torch.randn(batch, time, channels, generator=g).to(dtype),
+        x=normal(batch, time, channels).to(dtype),
+        weight=normal(channels, width) / width**0.5,
+        bias=normal(channels),
+        dy=normal(batch, time, channels).to(dtype),
     )
+
+
+def norm(
+    batch: int, time: int, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> Norm:
+    """Inputs of unit variance; the weight is float32 whatever `dtype` is."""
+    g = torch.Generator(device).manual_seed(seed)
+    x, z, dy = (torch.randn(batch, time, channels, generator=g, device=device).to(dtype) for _ in range(3))
+    return Norm(x=x, weight=1 + 0.1 * torch.randn(channels, generator=g, device=device), z=z, dy=dy)
+
+
+def scan_step(
+    batch: int, channels: int, state: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> ScanStep:
+    """The first token of `scan`, and a float32 state of unit variance."""
+    x = scan(batch, 1, channels, state, dtype, seed, device)
+    g = torch.Generator(device).manual_seed(seed + 1)
+    u, dt, B, C, z = (t[:, 0].contiguous() for t in (x.u, x.dt, x.B, x.C, x.z))
+    before = torch.randn(batch, channels, state, generator=g, device=device)
+    return ScanStep(state=before, u=u, dt=dt, A=x.A, B=B, C=C, D=x.D, z=z, dt_bias=x.dt_bias)
+
+
+def conv_step(
+    batch: int, channels: int, width: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> ConvStep:
+    """The last token of a `conv` of W tokens, whose others are the state."""
+    x = conv(batch, width, channels, width, dtype, seed, device)
+    before = x.x[:, :-1].float().transpose(1, 2).contiguous()
+    return ConvStep(state=before, x=x.x[:, -1].contiguous(), weight=x.weight, bias=x.bias)
 
 
 def double(x: T) -> T:

@@ -1,0 +1,181 @@
+"""Random shapes, options, dtypes and strides of every op against float64, twice each: errors and equal bits.
+
+    python -m benchmarks.gpu.fuzz selective_scan 17      one draw again, as a failing report names it
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pyseq import testing
+from pyseq._library import REGISTRY, Op
+from pyseq.samples import cast, samples
+
+from .device import Cuda, Device, Dry, ops
+
+Arguments = dict[str, Any]
+
+
+def _cuts(rng: random.Random, time_: int) -> list[int]:
+    """cu_seqlens of up to five sequences, some of them empty."""
+    return [0, *sorted(rng.choice((0, time_, rng.randint(0, time_))) for _ in range(rng.randint(0, 4))), time_]
+
+
+def _length(rng: random.Random, longest: int) -> int:
+    """Around the borders of tiles, or anywhere."""
+    border = rng.choice((1, 2, 8, 16, 32, 64, 128)) + rng.randint(-1, 1)
+    return min(longest, rng.choice((border, rng.randint(0, longest), rng.randint(1, 8))))
+
+
+def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def selective_scan(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    packed = rng.random() < 0.3
+    batch, time_ = 1 if packed else rng.randint(1, 3), _length(rng, most)
+    groups, dim, states = rng.choice((0, 0, 1, 2, 3)), _length(rng, most) + 1, rng.choice((1, 2, 3, 8, 16, 16, 17, 40))
+    dim *= max(1, groups)
+    shared = (batch, time_, groups, states) if groups else (batch, time_, states)
+    softplus = rng.random() < 0.7
+    cuts = _cuts(rng, time_)
+    dt, bias = _normal(g, batch, time_, dim), _normal(g, dim)
+    arguments: Arguments = {
+        "u": _normal(g, batch, time_, dim), "dt": dt if softplus else 0.1 + 0.1 * dt.abs(),
+        "A": -torch.arange(1, states + 1, dtype=torch.float64) * (1 + 0.1 * _normal(g, dim, states)),
+        "B": _normal(g, *shared), "C": _normal(g, *shared), "dt_softplus": softplus,
+        "return_state": rng.random() < 0.5,
+    }
+    optional = {
+        "D": _normal(g, dim), "z": _normal(g, batch, time_, dim),
+        "dt_bias": bias - 2 if softplus else 0.1 * bias.abs(),   # a negative dt would let the state grow
+        "state": _normal(g, len(cuts) - 1 if packed else batch, dim, states),
+    }
+    arguments |= {name: value for name, value in optional.items() if rng.random() < 0.5}
+    return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)} if packed else {})
+
+
+def causal_conv1d(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    packed = rng.random() < 0.3
+    batch, time_ = 1 if packed else rng.randint(1, 3), _length(rng, most)
+    dim, width, cuts = _length(rng, 2 * most) + 1, rng.choice((1, 2, 3, 4, 4, 4, 5, 9)), _cuts(rng, time_)
+    optional = {
+        "bias": _normal(g, dim), "state": _normal(g, len(cuts) - 1 if packed else batch, dim, width - 1),
+    }
+    arguments: Arguments = {
+        "x": _normal(g, batch, time_, dim), "weight": _normal(g, dim, width),
+        "activation": rng.choice((None, "silu")), "return_state": rng.random() < 0.5,
+    } | {name: value for name, value in optional.items() if rng.random() < 0.5}
+    return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int64)} if packed else {})
+
+
+def rms_norm_gated(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    groups, size, rows = rng.choice((1, 1, 2, 5)), rng.randint(2, 6 * most), rng.randint(0, most)
+    shape = (rows, groups * size)
+    optional = {"z": _normal(g, *shape), "residual": _normal(g, *shape)}
+    return {
+        "x": _normal(g, *shape), "weight": 1 + 0.1 * _normal(g, groups * size), "eps": 1e-3,
+        "group_size": None if groups == 1 else size, "norm_before_gate": rng.random() < 0.5,
+    } | {name: value for name, value in optional.items() if rng.random() < 0.5}
+
+
+DRAWS: dict[str, Callable[[random.Random, torch.Generator, int], Arguments]] = {
+    "selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "rms_norm_gated": rms_norm_gated,
+}
+
+
+def draw(op: Op, seed: int, most: int) -> Arguments:
+    """Arguments on the CPU, rounded to dtypes; every third draw mixes them, every third lies strided in memory."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    if op.name in DRAWS:
+        arguments = DRAWS[op.name](rng, generator, most)
+    else:
+        known = samples(op.name)
+        arguments = known[seed % len(known)].draw(seed)
+    arguments = cast(arguments, rng.choice(testing.DTYPES), op.float32)
+    mixed, strided = rng.random() < 0.3, rng.random() < 0.3
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "state":
+            value = value.to(rng.choice(testing.DTYPES)) if mixed else value
+            arguments[name] = _slice(value) if strided else value
+    return arguments
+
+
+def _slice(t: torch.Tensor) -> torch.Tensor:
+    """The same values as a slice of something wider, with NaN around them."""
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"), dtype=t.dtype)
+    wide[..., 3 : 3 + t.shape[-1]] = t
+    return wide[..., 3 : 3 + t.shape[-1]]
+
+
+def examine(op: Op, arguments: Arguments, device: Device) -> tuple[float, bool]:
+    """The largest error of outputs and gradients, in units of what is allowed, and whether two runs have equal bits."""
+    exact, exact_grads = testing.expected(op, arguments)
+    runs = []
+    for _ in range(2):
+        with testing.on(device.backend) as place:
+            outputs, grads = testing.gradients(op.function, testing.prepare(arguments, place, requires_grad=True))
+        runs.append((*outputs, *grads.values()))
+    errors = [testing.error(y, e) for y, e in zip(outputs, exact, strict=True)]
+    errors += [testing.error(grad, exact_grads[name], "gradient") for name, grad in grads.items()]
+    return max(errors, default=0.0), all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def empty(arguments: Arguments) -> bool:
+    """Nothing to launch for: some data argument holds no element."""
+    data = arguments.get("x", arguments.get("u"))
+    return isinstance(data, torch.Tensor) and data.numel() == 0
+
+
+def run(device: Device, seconds: float, draws: int, most: int) -> dict[str, Any]:
+    """Draw after draw, the ops in turns, until there are enough or the time is over."""
+    deadline, worst, failures, done = time.monotonic() + seconds, dict[str, float](), [], 0
+    there = ops(device)
+    for seed in range(draws):
+        if time.monotonic() > deadline:
+            break
+        op = there[seed % len(there)]
+        arguments = draw(op, seed, most)
+        if device.backend == "simt" and empty(arguments):
+            continue   # on the emulator testing.on() asks for a launch
+        try:
+            error, equal = examine(op, arguments, device)
+        except Exception as problem:
+            failures.append(f"{op.name} {seed}: {type(problem).__name__}: {str(problem)[:300]}")
+            if device.backend == "cuda":
+                torch.cuda.synchronize()   # after a fault nothing more can run: this raises
+            continue
+        done += 1
+        worst[op.name] = max(worst.get(op.name, 0.0), error)
+        if not error <= 1:
+            failures.append(f"{op.name} {seed}: the error is {error:.3g} times what rounding explains")
+        if not equal:
+            failures.append(f"{op.name} {seed}: two runs differ in bits")
+    return {
+        "ok": not failures and done > 0, "draws": done, "of": draws, "worst error": worst, "failures": failures[:50],
+        "why": "; ".join(failures[:3]),
+        "summary": f"{done} draws of {draws}, worst error {max(worst.values(), default=0.0):.2f} of what is allowed"
+                   + (f", {len(failures)} failures: {failures[0]}" if failures else ""),
+    }
+
+
+def main() -> int:
+    name, seed = sys.argv[1], int(sys.argv[2])
+    op, device = REGISTRY[name], Cuda() if torch.cuda.is_available() else Dry()
+    arguments = draw(op, seed, LONGEST)
+    for key, value in arguments.items():
+        print(key, (value.dtype, list(value.shape), value.stride()) if isinstance(value, torch.Tensor) else value)
+    print(*examine(op, arguments, device))
+    return 0
+
+
+LONGEST = 160   # steps and channels of a draw, about
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What is timed: shapes, pyseq's call, the peers' calls, the float64 value of both, and what bounds them.
+
+Data are bfloat16, weights and states float32. Bytes count every input read once and every output written once; `ex2`
+counts the results of the special-function unit: one per state, two for softplus, one for silu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+import pyseq
+from benchmarks.peers import causal_conv1d_peer, compiled_loop, fla_peer, inputs, mamba_ssm_peer, torch_conv, torch_norm
+from pyseq import reference
+
+Call = Callable[[], Any]
+Make = Callable[[Any], Call]
+HALF = 2   # bytes of a bfloat16
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    op: str
+    draw: Callable[..., Any]           # (*shape, dtype=, seed=, device=) -> inputs
+    shape: tuple[int, ...]
+    small: tuple[int, ...]             # of the same kind; everybody is compared with float64 there before being timed
+    ours: Make
+    exact: Make                        # the same values from pyseq.reference
+    peers: dict[str, Make] = field(default_factory=dict)
+    bytes: float = 0.0
+    ex2: float = 0.0
+    goal: float | None = None          # seconds, on an H200
+    targets: dict[str, float] = field(default_factory=dict)
+    step: bool = False                 # one token: timed in a graph
+
+
+# ---- calls: forward, or the gradients of every input -----------------------------------------------------------------
+
+
+def _sequence(function: Callable[..., Any], names: str, grad: bool, **options: Any) -> Make:
+    def make(x: Any) -> Call:
+        tensors = [getattr(x, name).detach().clone().requires_grad_(grad) for name in names.split()]
+
+        def call() -> Any:
+            y = function(*tensors, **options)
+            return torch.autograd.grad(y, tensors, x.dy) if grad else y
+
+        return call
+
+    return make
+
+
+def _step(function: Callable[..., Any], names: str, **options: Any) -> Make:
+    def make(x: Any) -> Call:
+        tensors = [getattr(x, name) for name in names.split()]
+
+        @torch.no_grad()
+        def call() -> Any:
+            return function(x.state, *tensors, **options)
+
+        return call
+
+    return make
+
+
+def _scan(name: str, batch: int, time: int, dim: int, states: int, **more: Any) -> list[Work]:
+    rows, shared = batch * time * dim, 2 * batch * time * states * HALF
+    both = more.pop("goals", (None, None))
+    names, options = "u dt A B C D z dt_bias", {"dt_softplus": True}
+    forward_peers: dict[str, Make] = {"mamba-ssm": mamba_ssm_peer.selective_scan_forward}
+    backward_peers: dict[str, Make] = {"mamba-ssm": mamba_ssm_peer.selective_scan_forward_backward}
+    if more.pop("compiled", False):
+        forward_peers["torch, compiled loop"] = compiled_loop.selective_scan_forward
+    forward_bytes, forward_ex2 = 4 * rows * HALF + shared, rows * (states + 3)
+    common: dict[str, Any] = {
+        "op": "selective_scan", "draw": inputs.scan, "shape": (batch, time, dim, states), "small": (2, 70, 24, states),
+        "targets": {"mamba-ssm": 2.0},
+    }
+    return [
+        Work(f"selective_scan forward, {name}", **common, peers=forward_peers, bytes=forward_bytes, ex2=forward_ex2,
+             ours=_sequence(pyseq.selective_scan, names, False, **options),
+             exact=_sequence(reference.selective_scan, names, False, **options), goal=both[0]),
+        Work(f"selective_scan forward+backward, {name}", **common, peers=backward_peers,
+             bytes=forward_bytes + 7 * rows * HALF + 2 * shared, ex2=2 * forward_ex2 + rows * states,
+             ours=_sequence(pyseq.selective_scan, names, True, **options),
+             exact=_sequence(reference.selective_scan, names, True, **options), goal=both[1]),
+    ]
+
+
+def _conv(name: str, batch: int, time: int, dim: int, goals: tuple[float | None, ...] = (None, None)) -> list[Work]:
+    rows, names, options = batch * time * dim, "x weight bias", {"activation": "silu"}
+    works = []
+    for grad, kind in ((False, "forward"), (True, "forward+backward")):
+        peers: dict[str, Make] = {
+            "causal-conv1d": partial(causal_conv1d_peer.causal_conv1d, grad=grad),
+            "fla": partial(fla_peer.causal_conv1d, grad=grad),
+            "torch conv1d": torch_conv.conv1d_forward_backward if grad else torch_conv.conv1d_forward,
+            "torch, compiled": torch_conv.shift_add_forward_backward if grad else torch_conv.shift_add_forward,
+        }
+        works.append(Work(
+            f"causal_conv1d {kind}, {name}", "causal_conv1d", inputs.conv, (batch, time, dim, 4), (2, 70, 24, 4),
+            _sequence(pyseq.causal_conv1d, names, grad, **options),
+            _sequence(reference.causal_conv1d, names, grad, **options), peers,
+            bytes=(5 if grad else 2) * rows * HALF, ex2=(2 if grad else 1) * rows, goal=goals[grad],
+        ))
+    return works
+
+
+def _norm(name: str, batch: int, time: int, dim: int, norm_before_gate: bool) -> list[Work]:
+    rows, names, options = batch * time * dim, "x weight z", {"norm_before_gate": norm_before_gate}
+    first = "norm first" if norm_before_gate else "gate first"
+    works = []
+    for grad, kind in ((False, "forward"), (True, "forward+backward")):
+        order: dict[str, Any] = {"norm_before_gate": norm_before_gate, "grad": grad}
+        peers: dict[str, Make] = {
+            "mamba-ssm": partial(mamba_ssm_peer.rms_norm_gated, **order),
+            "torch": partial(torch_norm.rms_norm_gated, compiled=False, **order),
+            "torch, compiled": partial(torch_norm.rms_norm_gated, compiled=True, **order),
+        }
+        if norm_before_gate:
+            peers["fla"] = partial(fla_peer.rms_norm_gated, grad=grad)
+        works.append(Work(
+            f"rms_norm_gated {kind}, {first}, {name}", "rms_norm_gated", inputs.norm, (batch, time, dim), (2, 9, 96),
+            _sequence(pyseq.rms_norm_gated, names, grad, **options),
+            _sequence(reference.rms_norm_gated, names, grad, **options), peers,
+            bytes=(8 if grad else 3) * rows * HALF, ex2=(2 if grad else 1) * rows,
+        ))
+    return works
+
+
+def _steps(batch: int, dim: int, states: int) -> list[Work]:
+    rows, names, options = batch * dim, "u dt A B C D z dt_bias", {"dt_softplus": True}
+    scan = Work(
+        f"selective_scan_step, B{batch} D{dim} N{states}", "selective_scan", inputs.scan_step, (batch, dim, states),
+        (2, 24, states), _step(pyseq.selective_scan_step, names, **options),
+        _step(reference.selective_scan_step, names, **options),
+        {"mamba-ssm": mamba_ssm_peer.selective_scan_step,
+         "torch": _step(reference.selective_scan_step, names, **options)},
+        bytes=8 * rows * states + 4 * rows * HALF + 4 * dim * (states + 2), ex2=rows * (states + 3), step=True,
+    )
+    taps = {"activation": "silu"}
+    conv = Work(
+        f"causal_conv1d_step, B{batch} D{dim}", "causal_conv1d", inputs.conv_step, (batch, dim, 4), (2, 24, 4),
+        _step(pyseq.causal_conv1d_step, "x weight bias", **taps),
+        _step(reference.causal_conv1d_step, "x weight bias", **taps),
+        {"causal-conv1d": causal_conv1d_peer.causal_conv1d_step, "fla": fla_peer.causal_conv1d_step},
+        bytes=2 * rows * 3 * 4 + 2 * rows * HALF + 4 * dim * 5, ex2=rows, step=True,
+    )
+    return [scan, conv]
+
+
+def standard() -> list[Work]:
+    """The workloads that the goals are set for, then small batches, then decoding."""
+    works = [
+        *_scan("B8 T2048 D4096 N16", 8, 2048, 4096, 16, goals=(0.35e-3, 1.55e-3), compiled=True),
+        *_conv("B8 T4096 D8192 W4", 8, 4096, 8192, goals=(0.28e-3, None)),
+        *_norm("B8 T4096 D4096", 8, 4096, 4096, False),
+        *_norm("B8 T4096 D4096", 8, 4096, 4096, True),
+    ]
+    for batch in (1, 8, 64, 256):
+        works += _steps(batch, 5120, 16)
+    for time in (2048, 8192, 32768, 131072):
+        works += _scan(f"B1 T{time} D1536 N16", 1, time, 1536, 16)
+    return works + _conv("B1 T2048 D1536 W4", 1, 2048, 1536) + _norm("B1 T2048 D1536", 1, 2048, 1536, False)
+
+
+def tiny() -> list[Work]:
+    """One of each kind, at the size of a dry run."""
+    return [
+        *_scan("tiny", 1, 6, 8, 4), *_conv("tiny", 1, 6, 8), *_norm("tiny", 1, 3, 8, True), *_steps(2, 8, 4),
+    ]

@@ -1,0 +1,86 @@
+"""mamba-ssm (Apache-2.0): its CUDA selective scan, and its Triton step and gated norm, which need no compiled code.
+
+Timed: `selective_scan_fn` in its own layout, [B, D, T] and [B, N, T], with softplus, skip and gate; its gradient
+through autograd; `selective_state_update`; `rmsnorm_fn`.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import PeerMissing, require
+from .inputs import Norm, Scan, ScanStep
+
+
+def _triton(name: str) -> ModuleType:
+    """A module of mamba_ssm.ops.triton. The package's own __init__ insists on the compiled extension: it is not run."""
+    path = f"mamba_ssm.ops.triton.{name}"
+    spec = importlib.util.find_spec("mamba_ssm") if "mamba_ssm" not in sys.modules else None
+    if spec is not None:
+        sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        raise PeerMissing(f"mamba-ssm is missing ({error})") from error
+
+
+def _scan(x: Scan) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    require("selective_scan_cuda", "mamba-ssm's compiled extension")
+    function = require("mamba_ssm.ops.selective_scan_interface", "mamba-ssm").selective_scan_fn
+    u, dt, B, C, z = (t.transpose(1, 2).contiguous() for t in (x.u, x.dt, x.B, x.C, x.z))
+
+    def call(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+        return function(u, dt, A, B, C, D, z, delta_bias=bias, delta_softplus=True)
+
+    return call, [u, dt, x.A, B, C, x.D, z, x.dt_bias]
+
+
+def selective_scan_forward(x: Scan) -> Callable[[], Tensor]:
+    function, arguments = _scan(x)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return function(*arguments).transpose(1, 2)
+
+    return call
+
+
+def selective_scan_forward_backward(x: Scan) -> Callable[[], tuple[Tensor, ...]]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias."""
+    function, arguments = _scan(x)
+    leaves = [t.clone().requires_grad_() for t in arguments]
+    dy = x.dy.transpose(1, 2).contiguous()
+
+    def call() -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(function(*leaves), leaves, dy)
+        return tuple(g.transpose(1, 2) if g.dim() == 3 else g for g in grads)
+
+    return call
+
+
+def selective_scan_step(x: ScanStep) -> Callable[[], Tensor]:
+    update = _triton("selective_state_update").selective_state_update
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return update(x.state, x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.dt_bias, dt_softplus=True)
+
+    return call
+
+
+def rms_norm_gated(x: Norm, norm_before_gate: bool, grad: bool) -> Callable[[], object]:
+    """y, or the gradients of x, weight, z."""
+    function = _triton("layernorm_gated").rmsnorm_fn
+    tensors = [t.clone().requires_grad_(grad) for t in (x.x, x.weight, x.z)]
+
+    def call() -> object:
+        data, weight, z = tensors
+        y = function(data, weight, None, z=z, eps=1e-5, norm_before_gate=norm_before_gate)
+        return torch.autograd.grad(y, tensors, x.dy) if grad else y
+
+    return call

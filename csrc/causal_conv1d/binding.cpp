@@ -109,7 +109,8 @@ Gradients backward(const Tensor& dy_, const OptionalTensor& dnew_state_, const T
                            floats(partial), floats(dweight), bias ? floats(dbias) : nullptr};
     bool wide = c.W > 4;
     if constexpr (twin == Twin::cuda) wide = causal_conv1d_backward_is_wide(g);
-    const Tensor e = wide ? new_tensor(x, {c.B * c.T, c.D}, ScalarType::Float) : absent(x);
+    // Never empty: g.e, null or not, is what tells the two forms apart.
+    const Tensor e = wide ? new_tensor(x, {c.B * c.T + 1, c.D}, ScalarType::Float) : absent(x);
     g.e = wide ? floats(e) : nullptr;
     if constexpr (twin == Twin::cpu) run_backward(g);
     else check_launch("causal_conv1d_backward", causal_conv1d_backward_cuda(g, Launch(x).stream));

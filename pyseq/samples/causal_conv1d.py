@@ -50,6 +50,7 @@ def samples() -> list[Sample]:
         "shorter_than_window": _make((2, 2, 5), 4, bias=True, state=True, **silu),
         "far_shorter_than_window": _make((1, 3, 2), 9, state=True, **silu),
         "no_time": _make((2, 0, 6), 4, bias=True, state=True, **silu),
+        "no_time_width_9": _make((2, 0, 6), 9, bias=True, state=True, **silu),
         "packed": _make((1, 12, 3), 4, bias=True, state=True, lengths=(5, 0, 1, 6, 0), **silu),
         "packed_without_state": _make((1, 9, 2), 3, lengths=(0, 2, 7), activation="silu"),
         "wide": _make((2, 150, 533), 4, bias=True, state=True, **silu),

@@ -85,8 +85,23 @@ def rms_norm_gated(rng: random.Random, g: torch.Generator, most: int) -> Argumen
     } | {name: value for name, value in optional.items() if rng.random() < 0.5}
 
 
+def mamba_step(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    batch, dim, rank = rng.randint(1, 9), _length(rng, most) + 1, _length(rng, 70) + 1
+    states, width = rng.choice((1, 2, 8, 16, 33)), rng.choice((1, 2, 4, 4, 6))
+    return {
+        "conv_state": _normal(g, batch, dim, width - 1), "state": _normal(g, batch, dim, states),
+        "x": _normal(g, batch, dim), "z": _normal(g, batch, dim), "conv_weight": _normal(g, dim, width),
+        "conv_bias": _normal(g, dim) if rng.random() < 0.7 else None,
+        "x_proj_weight": _normal(g, rank + 2 * states, dim) / dim**0.5,
+        "dt_proj_weight": _normal(g, dim, rank) / rank**0.5, "dt_bias": _normal(g, dim) - 2,
+        "A": -torch.arange(1, states + 1, dtype=torch.float64) * (1 + 0.1 * _normal(g, dim, states).abs()),
+        "D": _normal(g, dim), "rms_eps": 1e-3 if rng.random() < 0.3 else None,
+    }
+
+
 DRAWS: dict[str, Callable[[random.Random, torch.Generator, int], Arguments]] = {
     "selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "rms_norm_gated": rms_norm_gated,
+    "mamba_step": mamba_step,
 }
 
 
@@ -99,9 +114,10 @@ def draw(op: Op, seed: int, most: int) -> Arguments:
         known = samples(op.name)
         arguments = known[seed % len(known)].draw(seed)
     arguments = cast(arguments, rng.choice(testing.DTYPES), op.float32)
+    arguments |= {name: arguments[name].float() for name in op.updates}
     mixed, strided = rng.random() < 0.3, rng.random() < 0.3
     for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "state":
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in ("state", *op.updates):
             value = value.to(rng.choice(testing.DTYPES)) if mixed else value
             arguments[name] = _slice(value) if strided else value
     return arguments
@@ -116,11 +132,18 @@ def _slice(t: torch.Tensor) -> torch.Tensor:
 
 def examine(op: Op, arguments: Arguments, device: Device) -> tuple[float, bool]:
     """The largest error of outputs and gradients, in units of what is allowed, and whether two runs have equal bits."""
-    exact, exact_grads = testing.expected(op, arguments)
+    if op.updates:   # only a step: no gradients
+        exact, exact_grads = testing.expected_update(op, arguments), dict[str, torch.Tensor]()
+    else:
+        exact, exact_grads = testing.expected(op, arguments)
     runs = []
     for _ in range(2):
         with testing.on(device.backend) as place:
-            outputs, grads = testing.gradients(op.function, testing.prepare(arguments, place, requires_grad=True))
+            given = testing.prepare(arguments, place, requires_grad=not op.updates)
+            if op.updates:
+                outputs, grads = testing.updated(op.function, op, given), dict[str, torch.Tensor]()
+            else:
+                outputs, grads = testing.gradients(op.function, given)
         runs.append((*outputs, *grads.values()))
     errors = [testing.error(y, e) for y, e in zip(outputs, exact, strict=True)]
     errors += [testing.error(grad, exact_grads[name], "gradient") for name, grad in grads.items()]

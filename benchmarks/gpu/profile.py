@@ -189,10 +189,11 @@ def main() -> int:
     for work in scans[:1]:
         record.item(f"variants of {work.name}", partial(variants, device, work), 60)
         record.item(f"states of {work.name}", partial(states, device, work), 60)
-    hot = works[:HOTTEST] + [w for w in works if w.step][:2]
-    for work in hot:
+    hot = list(dict.fromkeys(w.name for w in works[:HOTTEST] + [w for w in works if w.step][:3]))
+    hottest = [w for w in works if w.name in hot]
+    for work in hottest:
         record.item(f"kernels of {work.name}", partial(timeline, device, work), 60)
-    for work in hot:
+    for work in hottest:
         record.item(f"counters of {work.name}", partial(counters, device, work), 100)
     return record.finish()
 

@@ -34,7 +34,9 @@ def _arguments(
 
 
 def _forward_backward(op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """Outputs and gradients, without anything that waits for the device."""
+    """Outputs and gradients, without anything that waits for the device; of an op that only steps, what it updates."""
+    if op.updates:
+        return testing.updated(op.function, op, arguments)
     leaves = {n: v.detach().requires_grad_() if v.is_floating_point() else v for n, v in _tensors_of(arguments).items()}
     outputs = testing.as_tuple(op.function(**(arguments | leaves)))
     wanted = [v for v in leaves.values() if v.requires_grad]

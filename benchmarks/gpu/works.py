@@ -151,7 +151,24 @@ def _steps(batch: int, dim: int, states: int) -> list[Work]:
         {"causal-conv1d": causal_conv1d_peer.causal_conv1d_step, "fla": fla_peer.causal_conv1d_step},
         bytes=2 * rows * 3 * 4 + 2 * rows * HALF + 4 * dim * 5, ex2=rows, step=True,
     )
-    return [scan, conv]
+    rank = max(1, dim // 32)
+    layer = Work(
+        f"mamba_step, B{batch} D{dim} N{states}", "mamba_step", inputs.mamba_step, (batch, dim, states),
+        (2, 64, states), _whole(pyseq.mamba_step), _whole(reference.mamba_step),
+        {"mamba-ssm": mamba_ssm_peer.mamba_step},
+        bytes=8 * rows * (states + 3) + 3 * rows * HALF + (2 * rank + 2 * states) * dim * HALF + 4 * dim * (states + 7),
+        ex2=rows * (states + 4), step=True,
+    )
+    return [scan, conv, layer]
+
+
+def _whole(function: Callable[..., Any]) -> Make:
+    """A step that takes every field of its inputs."""
+
+    def make(x: Any) -> Call:
+        return torch.no_grad()(partial(function, **vars(x)))
+
+    return make
 
 
 def standard() -> list[Work]:

@@ -69,7 +69,24 @@ class ConvStep:
     bias: Tensor  # [D]
 
 
-T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep)
+@dataclass(frozen=True)
+class MambaStep:
+    """One token of a Mamba layer between its large projections; both states are updated in place."""
+
+    conv_state: Tensor  # [B, D, W - 1]
+    state: Tensor  # [B, D, N]
+    x: Tensor  # [B, D]
+    z: Tensor  # [B, D]
+    conv_weight: Tensor  # [D, W]
+    conv_bias: Tensor  # [D]
+    x_proj_weight: Tensor  # [R + 2 N, D]
+    dt_proj_weight: Tensor  # [D, R]
+    dt_bias: Tensor  # [D]
+    A: Tensor  # [D, N]
+    D: Tensor  # [D]
+
+
+T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep)
 
 
 def scan(
@@ -144,6 +161,25 @@ def conv_step(
     x = conv(batch, width, channels, width, dtype, seed, device)
     before = x.x[:, :-1].float().transpose(1, 2).contiguous()
     return ConvStep(state=before, x=x.x[:, -1].contiguous(), weight=x.weight, bias=x.bias)
+
+
+def mamba_step(
+    batch: int, channels: int, state: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> MambaStep:
+    """W 4, R D / 32. The weights of the projections have `dtype` too, as they have in a model."""
+    g = torch.Generator(device).manual_seed(seed)
+    scan = scan_step(batch, channels, state, dtype, seed, device)
+    conv = conv_step(batch, channels, 4, dtype, seed, device)
+    rank = max(1, channels // 32)
+
+    def weight(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, generator=g, device=device) / columns**0.5).to(dtype)
+
+    return MambaStep(
+        conv_state=conv.state, state=scan.state, x=conv.x, z=scan.z, conv_weight=conv.weight, conv_bias=conv.bias,
+        x_proj_weight=weight(rank + 2 * state, channels), dt_proj_weight=weight(channels, rank), dt_bias=scan.dt_bias,
+        A=scan.A, D=scan.D,
+    )
 
 
 def double(x: T) -> T:

@@ -1,7 +1,8 @@
 """mamba-ssm (Apache-2.0): its CUDA selective scan, and its Triton step and gated norm, which need no compiled code.
 
 Timed: `selective_scan_fn` in its own layout, [B, D, T] and [B, N, T], with softplus, skip and gate; its gradient
-through autograd; `selective_state_update`; `rmsnorm_fn`.
+through autograd; `selective_state_update`; `rmsnorm_fn`;
+a layer's token as its Mamba module runs it, with causal-conv1d.
 """
 
 import importlib
@@ -11,10 +12,11 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import PeerMissing, require
-from .inputs import Norm, Scan, ScanStep
+from .inputs import MambaStep, Norm, Scan, ScanStep
 
 
 def _triton(name: str) -> ModuleType:
@@ -69,6 +71,21 @@ def selective_scan_step(x: ScanStep) -> Callable[[], Tensor]:
     @torch.no_grad()
     def call() -> Tensor:
         return update(x.state, x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.dt_bias, dt_softplus=True)
+
+    return call
+
+
+def mamba_step(x: MambaStep) -> Callable[[], Tensor]:
+    convolve = require("causal_conv1d", "causal-conv1d").causal_conv1d_update
+    update = _triton("selective_state_update").selective_state_update
+    states, rank, conv_state = x.A.shape[1], x.dt_proj_weight.shape[1], x.conv_state.to(x.x.dtype)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        u = convolve(x.x, conv_state, x.conv_weight, x.conv_bias, activation="silu")
+        low, B, C = F.linear(u, x.x_proj_weight).split([rank, states, states], -1)
+        dt = F.linear(low, x.dt_proj_weight)
+        return update(x.state, u, dt, x.A, B, C, x.D, x.z, x.dt_bias, dt_softplus=True)
 
     return call
 

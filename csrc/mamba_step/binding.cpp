@@ -23,13 +23,15 @@ void on_cpu(MambaStep& s, const Tensor& like) {
   const Tensor projected = new_tensor(like, {s.batch, s.outputs()}, ScalarType::Float);
   s.u = floats(u);
   s.projected = floats(projected);
-  const int64_t tiles = s.batch * PYSEQ_DISPATCH(mamba_step_tiles)(s.dim), fours = (s.outputs() + 3) / 4;
-  const int64_t grain = 1 + 2400 / (s.states + s.rank + 4);   // about 20 us each
-  parallel(tiles, 1 + 1000 / s.width, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_convolve)(s, b, e); });
-  const int64_t enough = 1 + 100000 / (s.dim * s.batch);
-  parallel(fours, enough, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_project)(s, b, e); });
+  const int64_t tiles = PYSEQ_DISPATCH(mamba_step_tiles)(s.dim);
+  const int64_t fours = (s.outputs() + 3) / 4, rows = (s.batch + 3) / 4;
+  // About 20 us of work each.
+  const int64_t taps = 1 + 1000 / (s.width * s.batch), outputs = 1 + 100000 / (s.dim * s.batch);
+  const int64_t channels = 1 + 600 / (s.states + s.rank / 2 + 4);
+  parallel(tiles, taps, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_convolve)(s, b, e); });
+  parallel(fours, outputs, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_project)(s, b, e); });
   if (s.normed) parallel(s.batch, 100, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step_normalise)(s, b, e); });
-  parallel(tiles, grain, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step)(s, b, e); });
+  parallel(rows * tiles, channels, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step)(s, b, e); });
 }
 
 void on_cuda(MambaStep& s, const Tensor& like) {

@@ -38,8 +38,8 @@ constexpr int64_t kMambaChunk = 1024;
 constexpr int64_t kMambaWidest = 6080;   // of R + 2 N: four padded rows of it are in 96 KB of shared memory
 constexpr int64_t mamba_chunks(int64_t dim) { return (dim + kMambaChunk - 1) / kMambaChunk; }
 
-// CPU, in this order. Work units: B mamba_step_tiles(D), a tile being one register's worth of channels; groups of four
-// outputs, ceil((R + 2 N) / 4); B, and only if normed; B mamba_step_tiles(D).
+// CPU, in this order. Work units: mamba_step_tiles(D), a tile being one register's worth of channels; groups of four
+// outputs, ceil((R + 2 N) / 4); B, and only if normed; ceil(B / 4) mamba_step_tiles(D).
 namespace v2 {
 int64_t mamba_step_tiles(int64_t dim);
 void mamba_step_convolve(const MambaStep&, int64_t begin, int64_t end);

@@ -4,44 +4,58 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// W neighbouring channels of one row of the batch, or the fewer that are left: the lanes of a vector.
+// W neighbouring channels, or the fewer that are left, from a row of the batch on: the lanes of a vector.
 struct Tile { int64_t row, channel, lanes; };
 
-Tile tile_at(const MambaStep& s, int64_t i) {
+Tile tile_at(const MambaStep& s, int64_t i, int64_t rows) {
   const int64_t tiles = mamba_step_tiles(s.dim), channel = i % tiles * W;
-  return {i / tiles, channel, channel + W <= s.dim ? W : s.dim - channel};
+  return {i / tiles * rows, channel, channel + W <= s.dim ? W : s.dim - channel};
 }
 
+template <class T> vf gather(const T* p, int64_t stride, int64_t lanes) {
+  T lane[W] = {};
+  for (int64_t i = 0; i < lanes; ++i) lane[i] = p[i * stride];
+  return load(lane);
+}
 vf gather(const View& x, int64_t at, int64_t stride, int64_t lanes) {
-  vf v{};
-  for (int64_t i = 0; i < lanes; ++i) v[i] = load(x, at + i * stride, 1)[0];
-  return v;
+  switch (x.type) {
+    case DType::bf16: return gather(static_cast<const bf16*>(x.data) + at, stride, lanes);
+    case DType::f16: return gather(static_cast<const f16*>(x.data) + at, stride, lanes);
+    default: return gather(static_cast<const float*>(x.data) + at, stride, lanes);
+  }
 }
 
+// A tile of every row, a tap at a time: the taps are gathered once, and u holds the sums meanwhile.
 template <class T> void convolve(const MambaStep& s, const Tile& tile) {
-  const auto [row, channel, lanes] = tile;
-  const int64_t stride = s.conv_state.stride[1];
-  T* const state = static_cast<T*>(s.conv_state.data) + row * s.conv_state.stride[0] + channel * stride;
-  vf a = s.conv_bias ? load(s.conv_bias, channel, lanes) : vf{};
+  const auto [_, channel, lanes] = tile;
+  const int64_t stride = s.conv_state.stride[1], taps = s.conv_weight.stride[0];
+  const vf bias = s.conv_bias ? load(s.conv_bias, channel, lanes) : vf{};
   for (int64_t k = 0; k < s.width; ++k) {
-    T sample[W] = {};
-    vf v;
-    if (k + 1 < s.width) {
-      for (int64_t i = 0; i < lanes; ++i) sample[i] = state[i * stride + k];
-      v = load(sample);
-    } else {
-      v = load(s.x, row * s.x.stride[0] + channel, lanes);
-      store(sample, v);
+    const vf weight = gather(s.conv_weight, channel * taps + k, taps, lanes);
+    for (int64_t b = 0; b < s.batch; ++b) {
+      T* const state = static_cast<T*>(s.conv_state.data) + b * s.conv_state.stride[0] + channel * stride;
+      float* const u = s.u + b * s.dim + channel;
+      T sample[W] = {};
+      vf v;
+      if (k + 1 < s.width) {
+        for (int64_t i = 0; i < lanes; ++i) sample[i] = state[i * stride + k];
+        v = load(sample);
+      } else {
+        v = load(s.x, b * s.x.stride[0] + channel, lanes);
+        store(sample, v);
+      }
+      for (int64_t i = 0; k > 0 && i < lanes; ++i) state[i * stride + k - 1] = sample[i];
+      const vf a = fma(weight, v, k == 0 ? bias : load(u, lanes));
+      store(u, k + 1 < s.width ? a : silu(a), lanes);
     }
-    a = fma(gather(s.conv_weight, channel * s.conv_weight.stride[0] + k, s.conv_weight.stride[0], lanes), v, a);
-    for (int64_t i = 0; k > 0 && i < lanes; ++i) state[i * stride + k - 1] = sample[i];
   }
-  store(s.u + row * s.dim + channel, silu(a), lanes);
 }
+
+constexpr int kRows = 4;   // of the batch, that share what is read of a weight
 
 // Four outputs of up to four rows of the batch: sixteen sums at a time, each vector of the weight read once.
 template <class T> void project(const MambaStep& s, int64_t first) {
-  constexpr int kOut = 4, kRows = 4;
+  constexpr int kOut = 4;
   const int64_t outputs = s.outputs();
   const T* weight[kOut];
   for (int64_t o = 0; o < kOut; ++o) {   // behind the last output the last one again, not stored
@@ -75,48 +89,66 @@ template <class T> void project(const MambaStep& s, int64_t first) {
   }
 }
 
-// W_dt low, for the channels of a tile: one sum per channel, then the lanes of all of them at once.
-vf low_rank(const MambaStep& s, const Tile& tile, const float* low) {
-  vf part[W] = {};
-  for (int64_t r = 0; r < s.rank; r += W) {
-    const int64_t n = s.rank - r;
-    const vf l = load(low + r, n);
-    for (int64_t i = 0; i < tile.lanes; ++i) {
-      part[i] = fma(load(s.dt_proj, (tile.channel + i) * s.dt_proj.stride[0] + r, n), l, part[i]);
-    }
+// W_dt low, for the channels of a tile in n rows, each row of W_dt read once. Behind the last row the last one again.
+template <int n> void low_rank(const MambaStep& s, const Tile& tile, vf* total) {
+  const float* low[n];
+  for (int b = 0; b < n; ++b) {
+    low[b] = s.projected + (tile.row + b < s.batch ? tile.row + b : s.batch - 1) * s.outputs();
   }
-  transpose(part);
-  vf total = part[0];
-  for (int i = 1; i < W; ++i) total += part[i];
-  return total;
+  vf part[n][W];
+  for (int64_t i = 0; i < W; ++i) {   // behind the last channel too, whose sum is not used
+    const int64_t at = (tile.channel + (i < tile.lanes ? i : tile.lanes - 1)) * s.dt_proj.stride[0];
+    vf sum[n] = {};
+    for (int64_t r = 0; r < s.rank; r += W) {
+      const vf w = load(s.dt_proj, at + r, s.rank - r);
+      for (int b = 0; b < n; ++b) sum[b] = fma(w, load(low[b] + r, s.rank - r), sum[b]);
+    }
+    for (int b = 0; b < n; ++b) part[b][i] = sum[b];
+  }
+  for (int b = 0; b < n; ++b) {
+    transpose(part[b]);
+    total[b] = part[b][0];
+    for (int i = 1; i < W; ++i) total[b] += part[b][i];
+  }
 }
 
 // The states of a channel lie side by side, so here they are the lanes; <C, h> is summed with the channels there.
-template <class T> void advance(const MambaStep& s, const Tile& tile) {
+template <class T> void advance(const MambaStep& s, const Tile& tile, vf dt) {
   const auto [row, channel, lanes] = tile;
-  const float* const low = s.projected + row * s.outputs();
-  const float *const B = low + s.rank, *const C = B + s.states;
+  const float *const B = s.projected + row * s.outputs() + s.rank, *const C = B + s.states;
   const vf u = load(s.u + row * s.dim + channel, lanes);
-  const vf delta = softplus(low_rank(s, tile, low) + load(s.dt_bias, channel, lanes));
+  const vf delta = softplus(dt + load(s.dt_bias, channel, lanes));
   alignas(64) float delta_of[W], du_of[W];
   store(delta_of, delta);
   store(du_of, delta * u);
-  T* const state = static_cast<T*>(s.state.data) + row * s.state.stride[0] + channel * s.state.stride[1];
+  const int64_t pitch = s.state.stride[1];
+  T* const state = static_cast<T*>(s.state.data) + row * s.state.stride[0] + channel * pitch;
   vf y = load(s.skip, channel, lanes) * u;
   for (int64_t n = 0; n < s.states; n += W) {
     const int64_t left = s.states - n;
     const vf at_n = load(B + n, left);
     vf h[W] = {};
-    for (int64_t i = 0; i < lanes; ++i) {
-      T* const here = state + i * s.state.stride[1] + n;
-      const vf A = load(s.A, (channel + i) * s.A.stride[0] + n, left) * kLog2e;
-      h[i] = fma(exp2(delta_of[i] * A), load(here, left), du_of[i] * at_n);
-      store(here, h[i], left);
-    }
+    const auto advance_channels = [&](int64_t channels, int64_t states) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < channels; ++i) {
+        T* const here = state + i * pitch + n;
+        const vf A = load(s.A, (channel + i) * s.A.stride[0] + n, states) * kLog2e;
+        h[i] = fma(exp2(delta_of[i] * A), load(here, states), du_of[i] * at_n);
+        store(here, h[i], states);
+      }
+    };
+    lanes == W && left >= W ? advance_channels(W, W) : advance_channels(lanes, left);
     transpose(h);
     for (int64_t k = 0; k < W && k < left; ++k) y = fma(h[k], C[n + k], y);
   }
   store(s.y, row * s.y.stride[0] + channel, y * silu(load(s.z, row * s.z.stride[0] + channel, lanes)), lanes);
+}
+
+template <class T> void advance_rows(const MambaStep& s, const Tile& tile) {
+  const int64_t rows = s.batch - tile.row < kRows ? s.batch - tile.row : kRows;
+  vf dt[kRows];
+  rows == 1 ? low_rank<1>(s, tile, dt) : low_rank<kRows>(s, tile, dt);
+  for (int64_t b = 0; b < rows; ++b) advance<T>(s, {tile.row + b, tile.channel, tile.lanes}, dt[b]);
 }
 
 void normalise(float* v, int64_t size, float eps) {
@@ -135,7 +167,7 @@ int64_t mamba_step_tiles(int64_t dim) { return (dim + W - 1) / W; }
 
 void mamba_step_convolve(const MambaStep& s, int64_t begin, int64_t end) {
   const auto f = s.conv_state.type == DType::f32 ? convolve<float> : convolve<bf16>;
-  for (int64_t i = begin; i < end; ++i) f(s, tile_at(s, i));
+  for (int64_t i = begin; i < end; ++i) f(s, tile_at(s, i, 0));
 }
 
 void mamba_step_project(const MambaStep& s, int64_t begin, int64_t end) {
@@ -155,8 +187,8 @@ void mamba_step_normalise(const MambaStep& s, int64_t begin, int64_t end) {
 
 void mamba_step(const MambaStep& s, int64_t begin, int64_t end) {
   const unsigned denormals = flush_denormals();
-  const auto f = s.state.type == DType::f32 ? advance<float> : advance<bf16>;
-  for (int64_t i = begin; i < end; ++i) f(s, tile_at(s, i));
+  const auto f = s.state.type == DType::f32 ? advance_rows<float> : advance_rows<bf16>;
+  for (int64_t i = begin; i < end; ++i) f(s, tile_at(s, i, kRows));
   restore_denormals(denormals);
 }
 

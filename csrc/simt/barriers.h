@@ -51,6 +51,7 @@ inline void named_barrier(int id, int threads, Where where = Where::current()) {
   if (b.arrived == 0) b.expected = threads, b.first = site;
   if (b.expected != unsigned(threads)) fail(site, &b.first);
   if (++b.arrived < b.expected) return park(b.waiting, site);
+  const Unobserved own;
   b.waiting.of[self->rank / kWarp] |= 1u << lane();
   std::vector<uint32_t> told;
   const auto each = [&](auto f) {
@@ -64,6 +65,7 @@ inline void named_barrier(int id, int threads, Where where = Where::current()) {
 
 [[gnu::noinline]] inline Mbarrier& mbarrier_at(const void* at, const Site& site, const void* code) {
   if (observe) observe(at, 8, Touch::read, code);
+  const Unobserved own;
   for (Mbarrier& b : block.mbarriers) if (b.at == at) return b;
   fault(site, "an mbarrier that was not initialised");
 }
@@ -73,12 +75,14 @@ inline void named_barrier(int id, int threads, Where where = Where::current()) {
   if (!in_shared(at, 8) || reinterpret_cast<uintptr_t>(at) % 8) fault(site, "not 8 aligned bytes of shared memory");
   if (count < 1 || count >= 1u << 20) fault(site, std::to_string(count) + " arrivals, outside 1..2^20 - 1");
   if (observe) observe(at, 8, Touch::write, __builtin_return_address(0));
+  const Unobserved own;
   std::erase_if(block.mbarriers, [=](const Mbarrier& b) { return b.at == at; });
   block.mbarriers.push_back({at, count, count, 0, {}, {}, {}});
 }
 
 [[gnu::noinline]] inline void mbarrier_arrive(uint64_t* at, Where where = Where::current()) {
   Mbarrier& b = mbarrier_at(at, {__func__, 0, where}, __builtin_return_address(0));
+  const Unobserved own;
   tell(b.told, self->rank);
   if (--b.pending) return;
   b.pending = b.count, ++b.phase, b.known = b.told;

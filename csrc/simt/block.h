@@ -126,6 +126,11 @@ inline std::string describe(const Site& site) {
 // Told of every access to memory by a kernel, if it was compiled for that: see hooks.h.
 enum class Touch { read, write, begin_copy, end_copy };
 inline void (*observe)(const void* address, size_t size, Touch, const void* code) = nullptr;
+struct Unobserved {                                              // the emulator's own accesses, while one is alive
+  static inline bool alive = false;
+  Unobserved() { alive = true; }
+  ~Unobserved() { alive = false; }
+};
 inline void (*converged)(unsigned warp) = nullptr;               // all lanes of the warp that are alive have met
 
 inline void wait(const Site& site) {
@@ -286,7 +291,7 @@ inline bool run_block() {
     }
     position.thread = self->index;
     switch_to(block.scheduler, self->context);
-    self = nullptr;
+    self = nullptr, Unobserved::alive = false;
   }
   for (unsigned w = 0; converged && w < block.num_warps; ++w) converged(w);
   return block.error.empty();

@@ -25,6 +25,7 @@ template <int bytes>
   const void* const code = __builtin_return_address(0);
   if (observe && used) observe(from, used, Touch::read, code);
   if (observe) observe(to, bytes, Touch::begin_copy, code);
+  const Unobserved own;
   Copy copy{to, code, bytes, self->commits, {}};
   std::memcpy(copy.data, from, used);
   std::memset(to, kPoison, bytes);
@@ -34,6 +35,7 @@ template <int bytes>
 inline void cp_async_commit() { ++self->commits; }
 
 [[gnu::no_sanitize("thread")]] inline void finish_copies(unsigned before) {
+  const Unobserved own;
   std::erase_if(self->copies, [=](const Copy& copy) {
     if (copy.group >= before) return false;
     if (observe) observe(copy.to, copy.bytes, Touch::end_copy, copy.code);

@@ -20,8 +20,12 @@ inline void touched(const void* address, size_t size, Touch kind, const void* ca
   if (record.counts) count(false, reinterpret_cast<uintptr_t>(address), size, code);
 }
 
-inline void read(const void* p, size_t n, const void* caller) { touched(p, n, Touch::read, caller); }
-inline void write(const void* p, size_t n, const void* caller) { touched(p, n, Touch::write, caller); }
+inline void read(const void* p, size_t n, const void* caller) {
+  if (!Unobserved::alive) touched(p, n, Touch::read, caller);
+}
+inline void write(const void* p, size_t n, const void* caller) {
+  if (!Unobserved::alive) touched(p, n, Touch::write, caller);
+}
 
 inline void watch_all() { observe = touched, converged = count_warp, kernel_begins = count_kernel; }
 

@@ -61,6 +61,12 @@ __global__ void mixed_collectives_kernel(const int* x, int* y) {
 // A lane that its own mask leaves out.
 __global__ void wrong_mask_kernel(int* y) { y[threadIdx.x] = __any_sync(0x7fffffffu, 1); }
 
+// A shuffle whose mask leaves out the lane that it reads. The value is poison.
+__global__ void __launch_bounds__(32) half_mask_kernel(const float* x, float* y) {
+  const unsigned half = threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u;
+  y[threadIdx.x] = __shfl_xor_sync(half, x[threadIdx.x], threadIdx.x % 2 ? 16 : 1);
+}
+
 // Reads a lane that has exited. The value is poison.
 __global__ void exited_lane_kernel(const float* x, float* y) {
   if (threadIdx.x == 5) return;
@@ -141,6 +147,7 @@ int divergent_barrier(const float* x, float* y, int threads) {
 }
 int mixed_collectives(const int* x, int* y) { return launch<pyseq::mixed_collectives_kernel>(1, 32, 0, nullptr, x, y); }
 int wrong_mask(int* y) { return launch<pyseq::wrong_mask_kernel>(1, 32, 0, nullptr, y); }
+int half_mask(const float* x, float* y) { return launch<pyseq::half_mask_kernel>(1, 32, 0, nullptr, x, y); }
 int exited_lane(const float* x, float* y) { return launch<pyseq::exited_lane_kernel>(1, 32, 0, nullptr, x, y); }
 int stale_static(const float* x, float* y, int blocks) {
   return launch<pyseq::stale_static_kernel>(blocks, 32, 0, nullptr, x, y);

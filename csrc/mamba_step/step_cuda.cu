@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_kernel(MambaStep s, in
     const int64_t own = first + lane;
     float delta = 0.f, du = 0.f, skip = 0.f;
     if (has(lane)) {
-      const Channel c(s, channel, true);
+      const Channel c(s, channel);
       float u = 0.f;
       with_types(s, [&]<class X, class S>() { u = convolve<true, X, S>(s, c, own, channel); });
       delta = softplus(dt[0] + load(s.dt_bias, channel));

@@ -71,13 +71,14 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_project_kernel(MambaSt
   float* const u = shared_u[warp];
   with_types(s, [&]<class X, class S>() {
     for (int i = lane; i < kWarpChannels; i += 32) {   // neighbouring lanes, neighbouring channels
-      const int64_t channel = chunk * kMambaChunk + warp * kWarpChannels + i;
-      const bool exists = channel < s.dim;
-      const Channel c(s, channel, exists);
+      // Behind the last row the last one again, whose sum is not stored; behind the last channel zeros.
+      const int64_t own = chunk * kMambaChunk + warp * kWarpChannels + i, channel = own < s.dim ? own : s.dim - 1;
+      const Channel c(s, channel);
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const bool has = exists && first + b < s.batch;
-        u[b * kWarpChannels + i] = has ? convolve<false, X, S>(s, c, first + b, channel) : 0.f;
+        const int64_t row = first + b < s.batch ? first + b : s.batch - 1;
+        const float at_row = convolve<false, X, S>(s, c, row, channel);
+        u[b * kWarpChannels + i] = own < s.dim ? at_row : 0.f;
       }
     }
   });

@@ -8,17 +8,18 @@
 namespace pyseq {
 namespace {
 
-// The taps of one channel, or zeros: the first of them in registers, where widths in use end.
+// The taps of one channel, from the newest on: the first kTaps of them in registers, where widths in use end.
 constexpr int kTaps = 4;
 struct Channel {
   float weight[kTaps] = {}, bias = 0.f;
 
-  __device__ Channel(const MambaStep& s, int64_t channel, bool exists) {
+  __device__ Channel(const MambaStep& s, int64_t channel) {
+    const int64_t newest = channel * s.conv_weight.stride[0] + s.width - 1;
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k) {
-      if (exists && k < s.width) weight[k] = load(s.conv_weight, channel * s.conv_weight.stride[0] + k);
+    for (int j = 0; j < kTaps; ++j) {
+      if (j < s.width) weight[j] = load(s.conv_weight, newest - j);
     }
-    if (exists && s.conv_bias) bias = load(s.conv_bias, channel);
+    if (s.conv_bias) bias = load(s.conv_bias, channel);
   }
 };
 
@@ -26,21 +27,23 @@ struct Channel {
 // says so must be the only one there.
 template <bool shift, class X, class S>
 __device__ __forceinline__ float convolve(const MambaStep& s, const Channel& c, int64_t row, int64_t channel) {
-  S* const state = static_cast<S*>(s.conv_state.data) + row * s.conv_state.stride[0] + channel * s.conv_state.stride[1];
-  const float newest = load(static_cast<const X*>(s.x.data) + row * s.x.stride[0] + channel);
   const int past = int(s.width) - 1;
-  float sample[kTaps], a = c.bias;
+  S* const state = static_cast<S*>(s.conv_state.data) + row * s.conv_state.stride[0] + channel * s.conv_state.stride[1];
+  float sample[kTaps] = {load(static_cast<const X*>(s.x.data) + row * s.x.stride[0] + channel)}, a = c.bias;
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) sample[k] = k < past ? load(state + k) : k == past ? newest : 0.f;
-#pragma unroll
-  for (int k = 0; k < kTaps; ++k) {
-    a = fmaf(c.weight[k], sample[k], a);
-    if (shift && k > 0 && k <= past) store(state + k - 1, sample[k]);
+  for (int j = 1; j < kTaps; ++j) {
+    if (j <= past) sample[j] = load(state + past - j);
   }
-  for (int k = kTaps; k <= past; ++k) {
-    const float v = k < past ? load(state + k) : newest;
+#pragma unroll 1   // no width in use comes here
+  for (int k = 0; k <= past - kTaps; ++k) {
+    const float v = load(state + k);
     a = fmaf(load(s.conv_weight, channel * s.conv_weight.stride[0] + k), v, a);
-    if (shift) store(state + k - 1, v);
+    if (shift && k > 0) store(state + k - 1, v);
+  }
+#pragma unroll
+  for (int j = kTaps - 1; j >= 0; --j) {
+    a = fmaf(c.weight[j], sample[j], a);
+    if (shift && j < past) store(state + past - 1 - j, sample[j]);
   }
   return silu(a);
 }

@@ -29,6 +29,14 @@ class Cuda:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def faulted(self) -> bool:
+        """Whether a kernel has failed in a way that ends the process's use of the device."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def l2_bytes(self) -> int:
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
 
@@ -87,6 +95,9 @@ class Dry:
 
     def synchronize(self) -> None:
         pass
+
+    def faulted(self) -> bool:
+        return False
 
     def l2_bytes(self) -> int:
         return 1 << 12

@@ -171,8 +171,8 @@ def run(device: Device, seconds: float, draws: int, most: int) -> dict[str, Any]
             error, equal = examine(op, arguments, device)
         except Exception as problem:
             failures.append(f"{op.name} {seed}: {type(problem).__name__}: {str(problem)[:300]}")
-            if device.backend == "cuda":
-                torch.cuda.synchronize()   # after a fault nothing more can run: this raises
+            if device.faulted():
+                break   # nothing more can run in this process
             continue
         done += 1
         worst[op.name] = max(worst.get(op.name, 0.0), error)

@@ -39,7 +39,7 @@ SECTIONS = (
 # What is kept of a kernel's counters, by a pattern of the counter's name.
 KEPT = {
     "duration": r"gpu__time_duration\.sum",
-    "issue active %": r"(smsp|sm)__(issue|inst_issued|inst_executed).*active.*|sm__instruction_throughput.*pct.*",
+    "issue active %": r"(smsp|sm)__(issue_active|inst_issued)\..*|sm__instruction_throughput\..*pct.*",
     "pipes %": r"sm__inst_executed_pipe_.*pct.*|sm__pipe_.*pct.*",
     "DRAM %": r"(gpu__dram|dram)__throughput.*pct.*|gpu__dram_throughput.*",
     "L2, L1 %": r"(lts|l1tex)__.*throughput.*pct.*",

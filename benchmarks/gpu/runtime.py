@@ -122,8 +122,8 @@ def big_offsets(device: Device) -> dict[str, Any]:
     and so do their gradients; the last row of a large batch equals that row alone."""
     dim, tail, rows = (24, 8, 16) if device.dry else (512, 64, 64)
     time = 16 * rows if device.dry else 2**31 // dim + 4096
-    if not device.dry and device.free_bytes() < 40 * 2**30:
-        raise NotHere("needs 40 GiB of free memory")
+    if not device.dry and device.free_bytes() < 60 * 2**30:
+        raise NotHere("needs 60 GiB of free memory")
     there = {op.name for op in ops(device)}
     done = []
     with testing.on(device.backend) as place:
@@ -154,7 +154,7 @@ def _conv(dim: int, place: str) -> Any:
 
 
 def _scan(dim: int, place: str) -> Any:
-    A = -torch.rand(dim, 4, generator=torch.Generator().manual_seed(0)).to(place)
+    A = -0.1 - torch.rand(dim, 4, generator=torch.Generator().manual_seed(0)).to(place)
 
     def call(x: torch.Tensor, state: torch.Tensor | None = None) -> Any:
         B = x[..., :4]
@@ -183,16 +183,21 @@ def _tail_equals(name: str, call: Any, state_after: Any, x: torch.Tensor, tail: 
     (dx_end,) = torch.autograd.grad(y_end.float().sum(), end)
     for what, a, b, kind in (("y", y[:, -tail:], y_end, "output"), ("state", last, last_end, "output"),
                              ("dx", dx[:, -tail:], dx_end, "gradient")):
-        # Forms that split time agree within rounding, not in bits.
-        testing.assert_close(a, b.double(), f"{name}: {what} of the last {tail} of {x.shape[1]} tokens", kind)
+        _agree(a, b, f"{name}: {what} of the last {tail} of {x.shape[1]} tokens", kind)
 
 
 def _row_equals(name: str, call: Any, x: torch.Tensor) -> None:
     with torch.no_grad():
         y, state = call(x)
         y_row, state_row = call(x[-1:])
-    testing.assert_close(y[-1:], y_row.double(), f"{name}: y of the last of {len(x)} rows")
-    testing.assert_close(state[-1:], state_row.double(), f"{name}: state of the last of {len(x)} rows")
+    _agree(y[-1:], y_row, f"{name}: y of the last of {len(x)} rows")
+    _agree(state[-1:], state_row, f"{name}: state of the last of {len(x)} rows")
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor, what: str, kind: str = "output") -> None:
+    """Forms that split time, and those chosen for other shapes, agree within the rounding of each, not in bits."""
+    off = testing.error(a, b.double(), kind)
+    assert off <= 2.1, f"{what}: differs by {off:.3g} times what rounding explains"
 
 
 def _assert_equal(actual: Any, expected: Any, what: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -135,6 +136,31 @@ def test_a_work_is_validated_timed_and_bounded(work: works.Work) -> None:
     assert found["ok"] is None and "differs from float64" in found["failed"]["wrong"]
     found = bench.measure(Cpu(), work, {"copy B/s": 1e9, "ex2/s": 1e12}, {bench.OURS: work.ours, "twin": work.ours})
     assert found["ratios"]["twin"] > 0 and found["bound by"] == "memory" and found["bound"] == work.bytes / 1e9
+
+
+def test_the_gpu_s_clock_graphs_and_streams_use_what_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = mock.MagicMock(spec=torch.cuda)   # only names that torch.cuda has
+    cuda.Event.return_value.elapsed_time.return_value = 2.0
+    cuda.mem_get_info.return_value = (5, 7)
+    cuda.synchronize.side_effect = [None] * 3 + [RuntimeError("an illegal memory access")]
+    monkeypatch.setattr(device.torch, "cuda", cuda)
+    card, calls = device.Cuda(), list[int]()
+    assert card.time([lambda: calls.append(0), lambda: calls.append(1)], 4, warm_up=2) == [2e-3] * 4
+    assert calls == [0, 1, 0, 0, 1, 0, 1]
+    assert card.capture(lambda: 7) == (cuda.CUDAGraph.return_value.replay, 7)
+    assert card.faulted() and card.free_bytes() == 5
+    with card.side_stream():
+        pass
+
+
+def test_a_sanitizer_without_a_summary_has_not_passed() -> None:
+    clean = "========= ERROR SUMMARY: 0 errors"
+    assert check.sanitizer_verdict(0, clean) == (True, "")
+    assert check.sanitizer_verdict(0, "========= RACECHECK SUMMARY: 0 hazards displayed")[0] is True
+    assert check.sanitizer_verdict(0, "========= RACECHECK SUMMARY: 2 hazards displayed")[0] is False
+    assert check.sanitizer_verdict(9, "========= ERROR SUMMARY: 10 errors")[0] is False
+    assert check.sanitizer_verdict(0, "")[0] is False and check.sanitizer_verdict(1, clean)[0] is False
+    assert check.sanitizer_verdict(1, "Error: Device not supported.")[0] is None
 
 
 def test_a_profile_s_counters_are_read() -> None:

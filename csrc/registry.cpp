@@ -10,7 +10,7 @@ namespace causal_conv1d { void cpu(Library&); void cuda(Library&); }
 namespace linear { void cpu(Library&); }
 namespace mamba_step { void cpu(Library&); void cuda(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
-namespace selective_scan { void cpu(Library&); }
+namespace selective_scan { void cpu(Library&); void cuda(Library&); }
 
 namespace {
 
@@ -32,6 +32,7 @@ constexpr Entry kCuda[] = {
     {"causal_conv1d", causal_conv1d::cuda},
     {"mamba_step", mamba_step::cuda},
     {"rms_norm_gated", rms_norm_gated::cuda},
+    {"selective_scan", selective_scan::cuda},
 };
 #endif
 

@@ -4,23 +4,18 @@
 
 #include "cpu/dispatch.h"
 #include "registry.h"
+#include "selective_scan/arguments.h"
 #include "selective_scan/kernel.h"
 #include "torch_api/stable.h"
 
 namespace pyseq::selective_scan {
 namespace {
 
-// [B, T, N] stands for [B, T, 1, N]; the gradient comes in the shape of the argument.
-View shared_view(const Tensor& t, bool step) {
-  View v = view(t);
-  if (t.dim() == (step ? 2 : 3)) v.stride[step ? 1 : 2] = 0;
-  return v;
-}
-
 // Fresh memory costs a page fault per 4 KiB, 5 ms for the 12 MB of a typical output, as long as a third of the forward. In
-// pages of 2 MiB it is 1.3 ms. Only large tensors are worth the call.
-Tensor in_huge_pages(Tensor t) {
+// pages of 2 MiB it is 1.3 ms. Only large tensors are worth the call. A GPU's memory is not ours to advise on.
+template <Twin twin> Tensor in_huge_pages(Tensor t) {
 #ifdef MADV_HUGEPAGE
+  if constexpr (twin == Twin::cuda) return t;
   constexpr uintptr_t kPage = uintptr_t(1) << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
@@ -29,59 +24,13 @@ Tensor in_huge_pages(Tensor t) {
 #endif
   return t;
 }
-Tensor large_like(const Tensor& like) { return in_huge_pages(new_tensor_like(like, like.scalar_type())); }
-
-struct Packing {
-  Tensor values;   // int64, contiguous
-  bool valid;      // from 0 to T, non-decreasing: where Python could not look (compiled calls), bad values become NaN
-};
-
-std::optional<Packing> packing(const OptionalTensor& cu_seqlens, int64_t time) {
-  if (!cu_seqlens) return std::nullopt;
-  const Tensor values = torch::stable::contiguous(torch::stable::to(*cu_seqlens, ScalarType::Long));
-  const int64_t* p = values.const_data_ptr<int64_t>();
-  const int64_t last = values.numel() - 1;
-  bool valid = p[0] == 0 && p[last] == time;
-  for (int64_t i = 0; i < last; ++i) valid = valid && p[i] <= p[i + 1];
-  return Packing{values, valid};
+template <Twin twin> Tensor large_like(const Tensor& like) {
+  return in_huge_pages<twin>(new_tensor_like(like, like.scalar_type()));
 }
 
 void fill_nan(std::initializer_list<Tensor> tensors) {
   for (Tensor t : tensors) torch::stable::fill_(t, std::nan(""));
 }
-
-// The arguments that forward and backward share. The tensors that back them live as long as this.
-struct Arguments {
-  Tensor u, dt, A, B, C;
-  OptionalTensor D, z, dt_bias, state;
-  std::optional<Packing> packed;
-  SelectiveScan s{};
-
-  Arguments(const Tensor& u_, const Tensor& dt_, const Tensor& A_, const Tensor& B_, const Tensor& C_, const OptionalTensor& D_,
-            const OptionalTensor& z_, const OptionalTensor& dt_bias_, const OptionalTensor& state_,
-            const OptionalTensor& cu_seqlens, bool dt_softplus)
-      : u(rows_contiguous(u_)), dt(rows_contiguous(dt_)), A(as_float32(A_)), B(rows_contiguous(B_)), C(rows_contiguous(C_)),
-        D(as_float32(D_)), z(rows_contiguous(z_)), dt_bias(as_float32(dt_bias_)), state(as_float32(state_)),
-        packed(packing(cu_seqlens, u_.size(1))) {
-    s.batch = u.size(0);
-    s.time = u.size(1);
-    s.dim = u.size(2);
-    s.states = A.size(1);
-    s.groups = B.dim() == 4 ? B.size(2) : 1;
-    s.u = view(u);
-    s.dt = view(dt);
-    s.z = view(z);
-    s.B = shared_view(B, false);
-    s.C = shared_view(C, false);
-    s.A = floats(A);
-    s.D = floats(D);
-    s.dt_bias = floats(dt_bias);
-    s.dt_softplus = dt_softplus;
-    s.sequences = packed ? packed->values.numel() - 1 : s.batch;
-    s.cu_seqlens = packed ? packed->values.const_data_ptr<int64_t>() : nullptr;
-    s.state = floats(state);
-  }
-};
 
 // Deals units out over the threads, each with a scratch of its own. A thread is woken for 20 us of work: about `cost` states
 // advance in that time.
@@ -104,45 +53,81 @@ void run(SelectiveScan s, const Tensor& like, int64_t units, int64_t scratch, in
   });
 }
 
+// The CUDA twin gets one piece of memory, which its launcher divides; it neither allocates nor synchronises.
+void launch(const char* kernel, SelectiveScan s, const Tensor& like, int64_t workspace,
+            int (*launcher)(const SelectiveScan&, void* stream)) {
+  const Launch on(like);
+  const Tensor memory = new_tensor(like, {workspace}, ScalarType::Float);
+  s.workspace = floats(memory);
+  check_launch(kernel, launcher(s, on.stream));
+}
+
+template <Twin twin>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                                            const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
                                            const OptionalTensor& state, const OptionalTensor& cu_seqlens, bool dt_softplus,
                                            bool return_state, bool keep) {
-  Arguments args(u, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus);
+  Arguments<twin> args(u, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus);
   SelectiveScan& s = args.s;
-  const Tensor y = large_like(u);
-  const Tensor last = return_state ? new_tensor(u, {s.sequences, s.dim, s.states}, ScalarType::Float) : absent(u);
-  const Tensor kept =
-      keep ? in_huge_pages(new_tensor(u, {s.batch, checkpoints(s.time), s.dim, s.states}, ScalarType::Float)) : absent(u);
-  if (args.packed && !args.packed->valid) {
+  const auto states = [&](int64_t rows) { return new_tensor(u, {rows, s.dim, s.states}, ScalarType::Float); };
+  const Tensor y = large_like<twin>(u);
+  const Tensor last = return_state ? states(s.sequences) : absent(u);
+  const std::initializer_list<int64_t> all = {s.batch, checkpoints(s.time), s.dim, s.states};
+  const Tensor kept = keep ? in_huge_pages<twin>(new_tensor(u, all, ScalarType::Float)) : absent(u);
+  if (args.invalid()) {
     fill_nan({y, last, kept});
     return {y, last, kept};
   }
   s.y = view(y);
   s.state_out = return_state ? floats(last) : nullptr;
   s.checkpoints = keep ? floats(kept) : nullptr;
-  const int64_t units = s.batch * PYSEQ_DISPATCH(selective_scan_tiles)(s.dim, s.groups);
-  run(s, u, units, forward_scratch(s), 80000, PYSEQ_DISPATCH(selective_scan_forward));
+  if constexpr (twin == Twin::cpu) {
+    const int64_t units = s.batch * PYSEQ_DISPATCH(selective_scan_tiles)(s.dim, s.groups);
+    run(s, u, units, forward_scratch(s), 80000, PYSEQ_DISPATCH(selective_scan_forward));
+  } else {
+    launch("selective_scan", s, u, selective_scan_forward_workspace(s), selective_scan_forward_cuda);
+  }
   return {y, last, kept};
+}
+
+void backward_on_cpu(SelectiveScan& s, const Tensor& u, const Tensor& dA, const Tensor& dD, const Tensor& dbias) {
+  // One row needs no sum over rows: it is written where the sum would go.
+  const bool rows = s.batch != 1;
+  const auto row_sums = [&](const Tensor& t) { return rows ? new_tensor(u, {s.batch, t.numel()}, ScalarType::Float) : t; };
+  const Tensor dA_rows = row_sums(dA), dD_rows = row_sums(dD), dbias_rows = row_sums(dbias);
+  const int64_t sums = s.batch * s.groups * blocks(s) * s.time * 2 * padded(s.states);
+  const Tensor shared = in_huge_pages<Twin::cpu>(new_tensor(u, {sums}, ScalarType::Float));
+  s.dA_rows = floats(dA_rows);
+  s.dD_rows = s.D ? floats(dD_rows) : nullptr;
+  s.dbias_rows = s.dt_bias ? floats(dbias_rows) : nullptr;
+  s.dBC_blocks = floats(shared);
+  run(s, u, s.batch * s.groups * blocks(s), backward_scratch(s), 30000, PYSEQ_DISPATCH(selective_scan_backward));
+  const int64_t grain = 1 + 40000 / (blocks(s) * s.groups * s.states + 1);
+  parallel(s.batch * s.time, grain, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(selective_scan_reduce_tokens)(s, b, e); });
+  if (rows) {
+    const int64_t channels = 1 + 40000 / (s.batch * s.states + 1);
+    parallel(s.dim, channels, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(selective_scan_reduce_channels)(s, b, e); });
+  }
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+template <Twin twin>
 Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const Tensor& u, const Tensor& dt, const Tensor& A,
                    const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
                    const OptionalTensor& dt_bias, const OptionalTensor& state, const OptionalTensor& cu_seqlens,
                    const Tensor& kept, bool dt_softplus) {
-  Arguments args(u, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus);
+  Arguments<twin> args(u, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus);
   SelectiveScan& s = args.s;
   const auto sum_for = [&](const OptionalTensor& t) { return t ? new_tensor_like(*t, ScalarType::Float) : absent(u); };
-  const Tensor du = large_like(u), ddt = large_like(dt), dB = large_like(B), dC = large_like(C);
-  const Tensor dz = z ? large_like(*z) : absent(u);
+  const Tensor du = large_like<twin>(u), ddt = large_like<twin>(dt), dB = large_like<twin>(B), dC = large_like<twin>(C);
+  const Tensor dz = z ? large_like<twin>(*z) : absent(u);
   const Tensor dA = sum_for(A), dD = sum_for(D), dbias = sum_for(dt_bias), dstate = sum_for(state);
   const auto result = [&]() -> Gradients {
     const auto as = [](const Tensor& t, const OptionalTensor& like) { return like ? cast(t, like->scalar_type()) : t; };
     return {du, ddt, as(dA, A), dB, dC, as(dD, D), dz, as(dbias, dt_bias), dstate};
   };
-  if (args.packed && !args.packed->valid) {
+  if (args.invalid()) {
     fill_nan({du, ddt, dA, dB, dC, dD, dz, dbias, dstate});
     return result();
   }
@@ -155,32 +140,21 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
   s.du = view(du);
   s.ddt = view(ddt);
   s.dz = z ? view(dz) : View{};
-  s.dB = view(dB);
-  s.dC = view(dC);
+  s.dB = shared_view(dB, false);
+  s.dC = shared_view(dC, false);
   s.dstate = state ? floats(dstate) : nullptr;
   s.dA = floats(dA);
   s.dD = D ? floats(dD) : nullptr;
   s.dbias = dt_bias ? floats(dbias) : nullptr;
-  // One row needs no sum over rows: it is written where the sum would go.
-  const bool rows = s.batch != 1;
-  const auto row_sums = [&](const Tensor& t) { return rows ? new_tensor(u, {s.batch, t.numel()}, ScalarType::Float) : t; };
-  const Tensor dA_rows = row_sums(dA), dD_rows = row_sums(dD), dbias_rows = row_sums(dbias);
-  const Tensor shared =
-      in_huge_pages(new_tensor(u, {s.batch * s.groups * blocks(s) * s.time * 2 * padded(s.states)}, ScalarType::Float));
-  s.dA_rows = floats(dA_rows);
-  s.dD_rows = D ? floats(dD_rows) : nullptr;
-  s.dbias_rows = dt_bias ? floats(dbias_rows) : nullptr;
-  s.dBC_blocks = floats(shared);
-  run(s, u, s.batch * s.groups * blocks(s), backward_scratch(s), 30000, PYSEQ_DISPATCH(selective_scan_backward));
-  const int64_t grain = 1 + 40000 / (blocks(s) * s.groups * s.states + 1);
-  parallel(s.batch * s.time, grain, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(selective_scan_reduce_tokens)(s, b, e); });
-  if (rows) {
-    const int64_t channels = 1 + 40000 / (s.batch * s.states + 1);
-    parallel(s.dim, channels, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(selective_scan_reduce_channels)(s, b, e); });
+  if constexpr (twin == Twin::cpu) {
+    backward_on_cpu(s, u, dA, dD, dbias);
+  } else {
+    launch("selective_scan_backward", s, u, selective_scan_backward_workspace(s), selective_scan_backward_cuda);
   }
   return result();
 }
 
+template <Twin twin>
 Tensor step(const Tensor& state, const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
             const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus) {
   STD_TORCH_CHECK(u.dim() == 2 && A.dim() == 2, "u is not [B, D] or A is not [D, N]");
@@ -203,9 +177,13 @@ Tensor step(const Tensor& state, const Tensor& u, const Tensor& dt, const Tensor
   const SelectiveScanStep s{batch, dim, states, groups, view(h), view(u_rows), view(dt_rows), view(z_rows),
                             view(y), shared_view(B_rows, true), shared_view(C_rows, true), floats(A_f), floats(D_f),
                             floats(bias_f), dt_softplus};
-  const int64_t units = s.batch * PYSEQ_DISPATCH(selective_scan_tiles)(s.dim, s.groups);
-  const int64_t grain = 1 + 2400 / (s.states + 4);   // about 20 us
-  parallel(units, grain, [&](int64_t begin, int64_t end) { PYSEQ_DISPATCH(selective_scan_step)(s, begin, end); });
+  if constexpr (twin == Twin::cpu) {
+    const int64_t units = s.batch * PYSEQ_DISPATCH(selective_scan_tiles)(s.dim, s.groups);
+    const int64_t grain = 1 + 2400 / (s.states + 4);   // about 20 us
+    parallel(units, grain, [&](int64_t begin, int64_t end) { PYSEQ_DISPATCH(selective_scan_step)(s, begin, end); });
+  } else {
+    check_launch("selective_scan_step", selective_scan_step_cuda(s, Launch(u).stream));
+  }
   if (h.data_ptr() != state.data_ptr()) {   // the last axis was not contiguous, and a copy was updated
     Tensor to = state;
     torch::stable::copy_(to, h);
@@ -213,12 +191,17 @@ Tensor step(const Tensor& state, const Tensor& u, const Tensor& dt, const Tensor
   return y;
 }
 
+template <Twin twin> void implement(Library& m) {
+  m.impl("selective_scan_forward", TORCH_BOX(&forward<twin>));
+  m.impl("selective_scan_backward", TORCH_BOX(&backward<twin>));
+  m.impl("selective_scan_step", TORCH_BOX(&step<twin>));
+}
+
 }  // namespace
 
-void cpu(Library& m) {
-  m.impl("selective_scan_forward", TORCH_BOX(&forward));
-  m.impl("selective_scan_backward", TORCH_BOX(&backward));
-  m.impl("selective_scan_step", TORCH_BOX(&step));
-}
+void cpu(Library& m) { implement<Twin::cpu>(m); }
+#ifdef PYSEQ_WITH_CUDA
+void cuda(Library& m) { implement<Twin::cuda>(m); }
+#endif
 
 }  // namespace pyseq::selective_scan

@@ -29,25 +29,29 @@ struct SelectiveScan {
   const float* A;               // [D, N]
   const float *D, *dt_bias;     // [D] or null
   bool dt_softplus;
-  const int64_t* cu_seqlens;    // [S + 1] or null: every row is one sequence
+  const int64_t* cu_seqlens;    // CPU: [S + 1] or null: every row is one sequence
+  const int32_t* sequence_of;   // CUDA: [T + 1] as in cuda/packing.h, or null; -1 throughout: all outputs are NaN
   int64_t sequences;            // S, or B
   const float* state;           // [S, D, N] before the first token; null: zeros
 
   View y;                       // [B, T, D]
   float* state_out;             // [S, D, N] or null
-  float* checkpoints;           // [B, checkpoints(T), D, N], tile by tile; null: not kept
+  float* checkpoints;           // [B, checkpoints(T), D, N], on a CPU tile by tile; null: not kept
 
   View dy;                      // [B, T, D]; null: zeros
   const float* dstate_out;      // [S, D, N]; null: zeros
   View du, ddt, dz;             // [B, T, D]
   View dB, dC;                  // [B, T, G, N], contiguous
   float* dstate;                // [S, D, N] or null
+  float *dA, *dD, *dbias;       // [D, N], [D], [D] or null
+
+  // Workspaces. CPU:
   float *dA_rows;               // [B, D, N]: one sum per row, added up by selective_scan_reduce
   float *dD_rows, *dbias_rows;  // [B, D] or null
-  float *dA, *dD, *dbias;       // [D, N], [D], [D] or null
   float* dBC_blocks;            // [B, G, blocks(s), T, padded(N) / 2, 4]: (dB, dB, dC, dC) of two states, summed over a block
-
   float* scratch;               // of the thread: forward_scratch(s) or backward_scratch(s) floats, 64-byte aligned
+  // CUDA:
+  float* workspace;             // selective_scan_forward_workspace(s) or .._backward_workspace(s) floats, 16-byte aligned
 };
 
 struct SelectiveScanStep {
@@ -92,5 +96,12 @@ void selective_scan_reduce_tokens(const SelectiveScan&, int64_t begin, int64_t e
 void selective_scan_reduce_channels(const SelectiveScan&, int64_t begin, int64_t end);
 void selective_scan_step(const SelectiveScanStep&, int64_t begin, int64_t end);
 }
+
+// CUDA: each launch returns a cudaError_t. The sizes are functions of the shape.
+int64_t selective_scan_forward_workspace(const SelectiveScan&);
+int64_t selective_scan_backward_workspace(const SelectiveScan&);
+int selective_scan_forward_cuda(const SelectiveScan&, void* stream);
+int selective_scan_backward_cuda(const SelectiveScan&, void* stream);
+int selective_scan_step_cuda(const SelectiveScanStep&, void* stream);
 
 }  // namespace pyseq

@@ -4,6 +4,7 @@
 // wait while the tile before is computed. It converts them itself and leaves delta, delta u, B and C as float32 for the
 // warp. No warp waits for another: the barriers are those of a warp.
 #pragma once
+#include "cuda/async.cuh"
 #include "selective_scan/update.cuh"
 
 namespace pyseq {
@@ -14,133 +15,173 @@ template <int L> constexpr int kRows = kTokens<L> * kTileChannels<L>;     // ele
 template <int L> constexpr int kShared = kTokens<L> * kTileStates<L>;     // elements of a tile of B
 template <int L> constexpr bool kSlices = L == 16;                        // there may be more slices than one
 
-// Shared memory of a warp: bytes from its beginning. B, C and dt are converted before the next tile is asked for; u and z
-// are needed once more at the end of theirs, so they have two places each. y takes the place of du unless slices follow.
+// A tensor on its way in: how it is read, and where its elements wait, in bytes from the beginning of a warp's memory.
+struct Stream {
+  View x;
+  bool wide;          // 4 elements at a time
+  int raw, stage;     // stage: bytes between the two places of what is needed once more at the end of its tile
+};
+
+// Shared memory of a warp begins with floats: delta, du and y of the tile, then B and C. y takes the place of du, unless
+// slices follow that need it.
+template <int L> struct Floats {
+  static constexpr int kDelta = 0, kDu = kRows<L>, kY = kSlices<L> ? 2 * kRows<L> : kDu, kB = kY + kRows<L>,
+                       kC = kB + kShared<L>, kEnd = kC + kShared<L>;
+};
+
+// Then come the streams. dt, B and C are converted before the next tile is asked for, so they wait in one place; u and z
+// have two.
 struct Layout {
-  int delta, du, y, B, C, raw_dt, raw_B, raw_C, raw_u, raw_z, bytes;
+  Stream dt, u, z, B, C;
+  bool wide_y;
+  int bytes;
 };
 
 template <int L> Layout layout(const SelectiveScan& s) {
   Layout at{};
+  at.bytes = Floats<L>::kEnd * 4;
   const auto take = [&](int64_t bytes) {
     const int begin = at.bytes;
     at.bytes += int(bytes);
     return begin;
   };
-  at.delta = take(kRows<L> * 4);
-  at.du = take(kRows<L> * 4);
-  at.y = kSlices<L> ? take(kRows<L> * 4) : at.du;
-  at.B = take(kShared<L> * 4);
-  at.C = take(kShared<L> * 4);
-  at.raw_dt = take(kRows<L> * size_of(s.dt.type));
-  at.raw_B = take(kShared<L> * size_of(s.B.type));
-  at.raw_C = take(kShared<L> * size_of(s.C.type));
-  at.raw_u = take(2 * kRows<L> * size_of(s.u.type));
-  at.raw_z = s.z ? take(2 * kRows<L> * size_of(s.z.type)) : 0;
+  const bool aligned = s.groups == 1 || s.dim / s.groups % 4 == 0;   // the first channel of every group
+  const auto rows = [&](const View& x, int stages) {
+    const int bytes = kRows<L> * int(size_of(x.type)), raw = x ? take(stages * bytes) : 0;
+    return Stream{x, aligned && vectorisable(x, 4, 2), raw, stages > 1 ? bytes : 0};
+  };
+  const auto shared = [&](const View& x) {
+    return Stream{x, vectorisable(x, 4, 3), take(kShared<L> * size_of(x.type)), 0};
+  };
+  at.dt = rows(s.dt, 1);
+  at.u = rows(s.u, 2);
+  at.z = rows(s.z, 2);
+  at.B = shared(s.B);
+  at.C = shared(s.C);
+  at.wide_y = aligned && vectorisable(s.y, 4, 2);
   return at;
 }
 
-// Which tensors may be read 4 elements at a time.
-struct Wide {
-  bool u, dt, z, y, B, C;
-};
-
-inline Wide wide(const SelectiveScan& s) {
-  const bool aligned = s.groups == 1 || s.dim / s.groups % 4 == 0;   // the first channel of every group
-  const auto rows = [&](const View& x) { return aligned && vectorisable(x, 4, 2); };
-  return {rows(s.u), rows(s.dt), rows(s.z), rows(s.y), vectorisable(s.B, 4, 3), vectorisable(s.C, 4, 3)};
-}
-
-// Four elements of x to `slot` of raw memory; zeros where fewer exist.
-__device__ __forceinline__ void fetch(unsigned char* raw, int slot, const View& x, int64_t offset, int count, bool wide) {
-  store_vec<4>(View{raw, x.type, {}}, slot * 4, load_vec<4>(x, offset, wide, count), true);
-}
+__device__ __forceinline__ int within(int most, int count) { return min(max(count, 0), most); }
 
 template <int L> struct Tokens {
-  static constexpr int kPasses = kTokens<L> / L;                     // a warp copies L rows at a time
-  static constexpr int kFours = (kShared<L> / 4 + 31) / 32;          // fours of B for each thread
+  using Place = Floats<L>;
+  static constexpr int kPasses = kTokens<L> / L;               // a warp copies L rows at a time
+  static constexpr int kFours = (kShared<L> / 4 + 31) / 32;    // fours of B for each thread
 
   const SelectiveScan& s;
   const Layout& at;
-  const Wide& wide;
   unsigned char* memory;
-  int64_t row, end, group, channel;   // channel: the first of the 4 that this thread copies
-  int lane, first, channels;          // first: its first token in a tile
+  Tile tile;
+  int row, end, lane;
 
-  __device__ __forceinline__ Tokens(const SelectiveScan& s, const Layout& at, const Wide& wide, unsigned char* memory,
-                                    const Tile& tile, int64_t row, int64_t end, int lane)
-      : s(s), at(at), wide(wide), memory(memory), row(row), end(end), group(tile.group),
-        channel(tile.channel + lane % (32 / L) * 4), lane(lane), first(lane / (32 / L)),
-        channels(tile.channels - lane % (32 / L) * 4) {}
+  // The first of the 4 channels that this thread copies, how many of them there are, and its first token in a tile.
+  __device__ __forceinline__ int channel() const { return tile.channel + lane % (32 / L) * 4; }
+  __device__ __forceinline__ int channels() const { return within(4, tile.channels - lane % (32 / L) * 4); }
+  __device__ __forceinline__ int first() const { return lane / (32 / L); }
+  // How many tokens of a tile there are.
+  __device__ __forceinline__ int left(int begin) const { return within(kTokens<L>, end - begin); }
 
-  __device__ __forceinline__ float* floats(int bytes) const { return reinterpret_cast<float*>(memory + bytes); }
-  __device__ __forceinline__ View raw(int bytes, const View& x) const { return {memory + bytes, x.type, {}}; }
-  __device__ __forceinline__ View raw(int bytes, const View& x, int stage) const {
-    return raw(bytes + stage * kRows<L> * int(size_of(x.type)), x);
+  __device__ __forceinline__ float* floats(int at) const { return reinterpret_cast<float*>(memory) + at; }
+  __device__ __forceinline__ View raw(const Stream& x, int stage = 0) const {
+    return {memory + x.raw + stage * x.stage, x.x.type, {}};
   }
-  __device__ __forceinline__ int64_t offset(const View& x, int64_t t) const {
-    return row * x.stride[0] + t * x.stride[1] + channel;
-  }
-  __device__ __forceinline__ bool has(int64_t t) const { return t < end && channels > 0; }
-
-  __device__ __forceinline__ void fetch_rows(const View& x, bool wide, const View& to, int64_t begin) const {
-    int64_t from = offset(x, begin + first);
+  __device__ __forceinline__ Vec<4> of_channels(const float* p) const {
+    Vec<4> x;
 #pragma unroll
-    for (int k = 0; k < kPasses; ++k, from += L * x.stride[1])
-      if (has(begin + k * L + first)) fetch(static_cast<unsigned char*>(to.data), k * 32 + lane, x, from, channels, wide);
+    for (int c = 0; c < 4; ++c) x[c] = p && c < channels() ? p[channel() + c] : 0.f;
+    return x;
   }
 
-  __device__ __forceinline__ void fetch_shared(const View& x, bool wide, const View& to, int64_t begin, int64_t slice) const {
-    const int64_t from = row * x.stride[0] + group * x.stride[2];
+  // Copies `kTimes` times 4 elements, `step` bytes apart; zeros for those from `count` on, and all of them from `rows` on.
+  // What cannot be one access is not worth overlapping. The copies do not ask what a number means, only how long it is.
+  template <int kTimes, int kTokensEach>
+  __device__ __forceinline__ void fetch(const Stream& x, int stage, int64_t offset, int rows, int count) const {
+    const int size = int(size_of(x.x.type));
+    const int64_t step = kTokensEach * x.x.stride[1] * size;
+    unsigned char* to = memory + x.raw + stage * x.stage + lane * 4 * size;
+    const unsigned char* from = static_cast<const unsigned char*>(x.x.data) + offset * size;
+    if (x.wide) {
 #pragma unroll
-    for (int k = 0; k < kFours; ++k) {
-      const int four = k * 32 + lane;
-      const int64_t t = begin + four / L, n = slice * kTileStates<L> + four % L * 4;
-      if (four * 4 < kShared<L> && t < end && n < s.states)
-        fetch(static_cast<unsigned char*>(to.data), four, x, from + t * x.stride[1] + n, int(min(s.states - n, int64_t(4))), wide);
-    }
-  }
-
-  // delta and du of the tile; adds delta to sums.
-  __device__ __forceinline__ void convert_rows(int64_t begin, int stage, const Vec<4>& bias, Vec<4>& sums) const {
-    const View dt = raw(at.raw_dt, s.dt), u = raw(at.raw_u, s.u, stage);
-#pragma unroll
-    for (int k = 0; k < kPasses; ++k) {
-      Vec<4> delta{}, du{};
-      if (has(begin + k * L + first)) {
-        delta = load_vec<4>(dt, (k * 32 + lane) * 4, true);
-        du = load_vec<4>(u, (k * 32 + lane) * 4, true);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          delta[c] = s.dt_softplus ? softplus(delta[c] + bias[c]) : delta[c] + bias[c];
-          du[c] *= delta[c];
-          sums[c] += delta[c];
-        }
+      for (int k = 0; k < kTimes; ++k, from += step, to += 128 * size) {
+        const int used = k * kTokensEach < rows ? count * size : 0;
+        if (size == 4) cp_async<16>(to, from, used);
+        else cp_async<8>(to, from, used);
       }
-      store_vec<4>(floats(at.delta) + (k * 32 + lane) * 4, delta);
-      store_vec<4>(floats(at.du) + (k * 32 + lane) * 4, du);
+      return;
+    }
+#pragma unroll 1
+    for (int k = 0; k < kTimes; ++k, from += step, to += 128 * size) {
+#pragma unroll 1
+      for (int i = 0; i < 4; ++i) {
+        const bool there = k * kTokensEach < rows && i < count;
+        if (size == 4) reinterpret_cast<uint32_t*>(to)[i] = there ? reinterpret_cast<const uint32_t*>(from)[i] : 0u;
+        else reinterpret_cast<uint16_t*>(to)[i] = there ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t(0);
+      }
     }
   }
 
-  __device__ __forceinline__ void convert_shared(const View& x, int from, int to, int64_t begin, int64_t slice) const {
+  // What comes next is on its way while this tile is computed. One copy of the code serves all tensors.
+  template <bool kOutput> __device__ __forceinline__ void fetch_rows(int begin, int stage) const {
+    const Stream* const streams = &at.dt;
+#pragma unroll 1
+    for (int i = 0; i < (kOutput && s.z ? 3 : 2); ++i) {
+      const View& x = streams[i].x;
+      const int64_t offset = row * x.stride[0] + (begin + first()) * x.stride[1] + channel();
+      fetch<kPasses, L>(streams[i], stage, offset, left(begin) - first(), channels());
+    }
+  }
+  template <bool kOutput> __device__ __forceinline__ void fetch_shared(int begin, int slice) const {
+    if (kFours == 1 && lane * 4 >= kShared<L>) return;
+    const Stream* const streams = &at.B;
+    const int token = lane / L, state = slice * kTileStates<L> + lane % L * 4;
+#pragma unroll 1
+    for (int i = 0; i < (kOutput ? 2 : 1); ++i) {
+      const View& x = streams[i].x;
+      const int64_t offset = row * x.stride[0] + (begin + token) * x.stride[1] + tile.group * x.stride[2] + state;
+      fetch<kFours, 32 / L>(streams[i], 0, offset, left(begin) - token, within(4, int(s.states) - state));
+    }
+  }
+
+  // delta and du of the tile; adds delta to sums. Tokens after the end get delta = du = 0, which leaves h as it is.
+  __device__ __forceinline__ void convert_rows(int begin, int stage, Vec<4>& sums) const {
+    const View dt = raw(at.dt), u = raw(at.u, stage);
+    const Vec<4> bias = of_channels(s.dt_bias);
+    const int rows = left(begin) - first();
+#pragma unroll 1
+    for (int k = 0; k < kPasses; ++k) {
+      const int four = (k * 32 + lane) * 4;
+      Vec<4> delta = load_vec<4>(dt, four, true), du = load_vec<4>(u, four, true);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        delta[c] += bias[c];
+        if (s.dt_softplus) delta[c] = softplus(delta[c]);
+        delta[c] = k * L < rows ? delta[c] : 0.f;
+        du[c] *= delta[c];
+        sums[c] += delta[c];
+      }
+      store_vec<4>(floats(Place::kDelta) + four, delta);
+      store_vec<4>(floats(Place::kDu) + four, du);
+    }
+  }
+  __device__ __forceinline__ void convert_shared(const Stream& x, int to) const {
 #pragma unroll
     for (int k = 0; k < kFours; ++k) {
-      const int four = k * 32 + lane;
-      if (four * 4 >= kShared<L>) break;
-      const bool there = begin + four / L < end && slice * kTileStates<L> + four % L * 4 < s.states;
-      store_vec<4>(floats(to) + four * 4, there ? load_vec<4>(raw(from, x), four * 4, true) : Vec<4>{});
+      const int four = (k * 32 + lane) * 4;
+      if (kFours > 1 || four < kShared<L>) store_vec<4>(floats(to) + four, load_vec<4>(raw(x), four, true));
     }
   }
 
   // y of the tile, with skip and gate.
-  __device__ __forceinline__ void store_rows(int64_t begin, int stage, const Vec<4>& D) const {
-    const View u = raw(at.raw_u, s.u, stage), z = raw(at.raw_z, s.z, stage);
-    int64_t to = offset(s.y, begin + first);
-#pragma unroll
+  __device__ __forceinline__ void store_rows(int begin, int stage) const {
+    const View u = raw(at.u, stage), z = raw(at.z, stage);
+    const Vec<4> D = of_channels(s.D);
+    const int rows = left(begin) - first();
+    int64_t to = row * s.y.stride[0] + (begin + first()) * s.y.stride[1] + channel();
+#pragma unroll 1
     for (int k = 0; k < kPasses; ++k, to += L * s.y.stride[1]) {
-      if (!has(begin + k * L + first)) continue;
       const int four = (k * 32 + lane) * 4;
-      Vec<4> y = load_vec<4>(floats(at.y) + four);
+      Vec<4> y = load_vec<4>(floats(Place::kY) + four);
       const Vec<4> skip = load_vec<4>(u, four, true);
 #pragma unroll
       for (int c = 0; c < 4; ++c) y[c] = fmaf(D[c], skip[c], y[c]);
@@ -149,7 +190,7 @@ template <int L> struct Tokens {
 #pragma unroll
         for (int c = 0; c < 4; ++c) y[c] *= silu(gate[c]);
       }
-      store_vec<4>(s.y, to, y, wide.y, channels);
+      if (k * L < rows) store_vec<4>(s.y, to, y, at.wide_y, channels());
     }
   }
 };

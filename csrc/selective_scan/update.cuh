@@ -16,33 +16,29 @@ constexpr int lanes_per_channel(int64_t states) {
   return states <= 4 ? 1 : states <= 8 ? 2 : states <= 16 ? 4 : states <= 32 ? 8 : 16;
 }
 
-// The tiles of a row: those of group 0, then those of group 1, ...
-constexpr int64_t tiles_of_group(int64_t dim, int64_t groups, int channels) { return (dim / groups + channels - 1) / channels; }
+// The tiles of a row: those of group 0, then those of group 1, ... Places along an axis are int, offsets into memory int64_t.
+template <int L> constexpr int tiles_of_group(int channels) { return (channels + kTileChannels<L> - 1) / kTileChannels<L>; }
 
 struct Tile {
-  int64_t channel, group;   // the first channel
-  int channels;             // how many there are
+  int channel, channels, group;   // the first channel, and how many there are
 };
 
-template <int L> __device__ __forceinline__ Tile tile_at(int64_t dim, int64_t groups, int64_t i) {
-  const int64_t per_group = tiles_of_group(dim, groups, kTileChannels<L>), group = i / per_group;
-  const int64_t first = i % per_group * kTileChannels<L>, left = dim / groups - first;
-  return {group * (dim / groups) + first, group, int(left < kTileChannels<L> ? left : kTileChannels<L>)};
+template <int L> __device__ __forceinline__ Tile tile_at(int dim, int groups, int i) {
+  const int per_group = tiles_of_group<L>(dim / groups), group = i / per_group, first = i % per_group * kTileChannels<L>;
+  return {group * (dim / groups) + first, min(dim / groups - first, kTileChannels<L>), group};
 }
 
 // What a thread holds of a tile, [channel][state]: `channels` of channel, .. and `states` of state, .. exist.
 struct Corner {
-  int64_t channel, state;
-  int channels, states;
+  int channel, channels, state, states;
 };
 struct States {
   float v[4][4];
 };
 
-template <int L> __device__ __forceinline__ Corner corner_of(const Tile& tile, int lane, int64_t slice, int64_t states) {
-  const int channel = lane / L * 4;
-  const int64_t state = slice * kTileStates<L> + lane % L * 4;
-  return {tile.channel + channel, state, tile.channels - channel, states - state < 4 ? int(states - state) : 4};
+template <int L> __device__ __forceinline__ Corner corner_of(const Tile& tile, int lane, int slice, int states) {
+  const int channel = lane / L * 4, state = slice * kTileStates<L> + lane % L * 4;
+  return {tile.channel + channel, tile.channels - channel, state, min(states - state, 4)};
 }
 
 __device__ __forceinline__ bool wide(const float* p, int count) { return count >= 4 && reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -51,7 +47,7 @@ __device__ __forceinline__ bool wide(const float* p, int count) { return count >
 __device__ __forceinline__ void load_states(States& to, const float* from, const Corner& at, int64_t N, float otherwise) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const int64_t row = (at.channel + c) * N + at.state;
+    const int64_t row = int64_t(at.channel + c) * N + at.state;
     const int count = !from || c >= at.channels ? 0 : at.states;
     if (count && wide(from + row, count)) {
       const Vec<4> x = load_vec<4>(from + row);
@@ -68,7 +64,7 @@ __device__ __forceinline__ void store_states(float* to, const States& from, cons
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     if (c >= at.channels) break;
-    float* const row = to + (at.channel + c) * N + at.state;
+    float* const row = to + int64_t(at.channel + c) * N + at.state;
     if (wide(row, at.states)) {
       store_vec<4>(row, Vec<4>{from.v[c][0], from.v[c][1], from.v[c][2], from.v[c][3]});
     } else {

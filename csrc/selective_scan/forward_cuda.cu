@@ -8,44 +8,17 @@
 namespace pyseq {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
 template <int L> constexpr int kAtOnce = L == 4 || L == 8 ? 4 : 2;   // tokens unrolled: what 128 registers allow
-
-struct Plan {
-  int tiles, slices;    // of a row; of the states
-  int splits, chunk;    // chunks of a row, and their tokens
-  float* states;        // [B, splits, D, N]: of slices that wait, and where chunks end and begin
-  float* steps;         // [B, splits, D]: sum of delta over a chunk
-  Layout layout;
-};
-
-// Enough warps are 2112, four for each quarter of the 132 multiprocessors of an H200. Splitting computes every exponential
-// twice: it has to bring four times as many warps, and chunks stay 256 tokens long at least.
-int64_t splits_of(int64_t warps, int64_t time) {
-  const int64_t wanted = warps == 0 || warps >= 528 ? 1 : (2112 + warps - 1) / warps, most = time / 256;
-  return most < 1 ? 1 : wanted < most ? wanted : most;
-}
-
-template <int L> Plan plan(const SelectiveScan& s) {
-  Plan p{};
-  p.tiles = int(s.groups) * tiles_of_group<L>(int(s.dim / s.groups));
-  p.slices = int((s.states + kTileStates<L> - 1) / kTileStates<L>);
-  const int64_t piece = splits_of(s.batch * p.tiles, s.time) * kChunk, chunk = (s.time + piece - 1) / piece * kChunk;
-  p.chunk = int(chunk);
-  p.splits = s.time ? int((s.time + chunk - 1) / chunk) : 1;
-  p.layout = layout<L>(s);
-  return p;
-}
 
 // The states of a sequence enter where it begins and leave where it ends.
 struct Sequences {
   const SelectiveScan& s;
-  int row;
+  const Walk& walk;
 
   __device__ __forceinline__ bool valid() const { return !s.sequence_of || s.sequence_of[s.time] >= 0; }
   __device__ __forceinline__ int of(int t) const { return s.sequence_of && valid() ? s.sequence_of[t] : first(); }
-  __device__ __forceinline__ int first() const { return s.sequence_of ? 0 : row; }
-  __device__ __forceinline__ int last() const { return s.sequence_of ? int(s.sequences) : row + 1; }   // and one more
+  __device__ __forceinline__ int first() const { return s.sequence_of ? 0 : walk.row; }
+  __device__ __forceinline__ int last() const { return s.sequence_of ? int(s.sequences) : walk.row + 1; }   // and one more
 
   __device__ __forceinline__ void enter(States& h, int sequence, const Corner& at) const {
     const bool given = s.state && valid() && sequence < last();
@@ -93,34 +66,37 @@ __device__ __forceinline__ void scan(States& h, const States& A, const Tokens<L>
 template <int L, bool kOutput>
 __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(SelectiveScan s, Plan p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t unit = int64_t(blockIdx.x) * kWarps + warp, piece = unit / p.tiles;
-  const int chunks = kOutput ? p.splits : p.splits - 1, row = int(piece / chunks), chunk = int(piece % chunks);
+  const int unit = int(blockIdx.x) * kWarps + warp, chunks = kOutput ? p.splits : p.splits - 1;
+  const int row = unit / p.tiles / chunks, chunk = unit / p.tiles % chunks;
   if (row >= s.batch) return;
   const int begin = chunk * p.chunk, end = min(begin + p.chunk, int(s.time)), slices = kSlices<L> ? p.slices : 1;
-  const Tile tile = tile_at<L>(int(s.dim), int(s.groups), int(unit % p.tiles));
-  const Tokens<L> tokens{s, p.layout, dynamic_smem<unsigned char>() + warp * p.layout.bytes, tile, row, end, lane};
-  const Sequences sequences{s, row};
-  float* const mine = p.states ? p.states + (int64_t(row) * p.splits + chunk) * s.dim * s.states : nullptr;
+  const Tokens<L> tokens{s, p.layout, dynamic_smem<unsigned char>() + warp * p.layout.bytes, end, lane};
+  if (lane == 0) *reinterpret_cast<Walk*>(tokens.memory) = {tile_at<L>(int(s.dim), int(s.groups), unit % p.tiles), row};
+  __syncwarp();
+  const Sequences sequences{s, tokens.walk()};
+  const auto corner = [&](int slice) { return corner_of<L>(tokens.walk().tile, lane, slice, int(s.states)); };
+  const auto mine = [&] { return p.states + (int64_t(tokens.walk().row) * p.splits + begin / p.chunk) * s.dim * s.states; };
 
   Vec<4> steps{};
   States h, A;
   int sequence = chunk ? sequences.of(begin - 1) : sequences.of(0);
   for (int slice = 0; slice < slices; ++slice) {
-    const Corner at = corner_of<L>(tile, lane, slice, int(s.states));
+    const Corner at = corner(slice);
     load_A(A, s.A, at, s.states);
     if (chunk) {
-      load_states(h, kOutput ? mine : nullptr, at, s.states, 0.f);
+      load_states(h, kOutput ? mine() : nullptr, at, s.states, 0.f);
     } else {
       sequences.enter(h, sequences.first(), at);
       sequences.turn(h, sequences.first(), sequence, at);
     }
-    if (slices > 1) store_states(mine, h, at, s.states);
+    if (slices > 1) store_states(mine(), h, at, s.states);
   }
-  tokens.template fetch_rows<kOutput>(begin, 0);
-  tokens.template fetch_shared<kOutput>(begin, 0);
-  cp_async_commit();
-  int stage = 0;
-  for (int t = begin; t < end; t += kTokens<L>, stage ^= 1) {
+  if (begin < end) {
+    tokens.template fetch_rows<kOutput>(begin, 0);
+    tokens.template fetch_shared<kOutput>(begin, 0);
+  }
+  for (int t = begin; t < end; t += kTokens<L>) {
+    const int stage = t / kTokens<L> % 2;   // chunks begin at multiples of 64: the first tile is at 0
     const bool inside = s.sequence_of && lane < kTokens<L> && t + lane < end && t + lane > 0;
     const unsigned starts = __ballot_sync(~0u, inside && s.sequence_of[t + lane] != s.sequence_of[t + lane - 1]);
     const int before = sequence;
@@ -130,13 +106,15 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
       if (slice == 0) tokens.convert_rows(t, stage, steps);
       tokens.convert_shared(p.layout.B, Floats<L>::kB);
       if (kOutput) tokens.convert_shared(p.layout.C, Floats<L>::kC);
-      const bool more = slice + 1 < slices;
-      tokens.template fetch_shared<kOutput>(more ? t : t + kTokens<L>, more ? slice + 1 : 0);
-      if (!more) tokens.template fetch_rows<kOutput>(t + kTokens<L>, stage ^ 1);
-      cp_async_commit();
+      if (slice + 1 < slices) {
+        tokens.template fetch_shared<kOutput>(t, slice + 1);
+      } else if (t + kTokens<L> < end) {
+        tokens.template fetch_shared<kOutput>(t + kTokens<L>, 0);
+        tokens.template fetch_rows<kOutput>(t + kTokens<L>, stage ^ 1);
+      }
       __syncwarp();
-      const Corner at = corner_of<L>(tile, lane, slice, int(s.states));
-      if (slices > 1) load_A(A, s.A, at, s.states), load_states(h, mine, at, s.states, 0.f);
+      const Corner at = corner(slice);
+      if (slices > 1) load_A(A, s.A, at, s.states), load_states(h, mine(), at, s.states, 0.f);
       sequence = before;
       for (int i = 0; i < kTokens<L>;) {
         if (starts >> i & 1) {
@@ -146,22 +124,22 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
           sequence = to;
         }
         if (kOutput && i == 0 && s.checkpoints && t > 0 && t % kChunk == 0)
-          store_states(s.checkpoints + (row * checkpoints(s.time) + t / int(kChunk) - 1) * s.dim * s.states, h, at, s.states);
+          store_states(s.checkpoints + (tokens.walk().row * checkpoints(s.time) + t / int(kChunk) - 1) * s.dim * s.states, h, at, s.states);
         const unsigned later = starts >> i >> 1;
         const int until = later ? i + __ffs(int(later)) : kTokens<L>;
         for (; i + kAtOnce<L> <= until; i += kAtOnce<L>) scan<L, kOutput, kAtOnce<L>>(h, A, tokens, i, slice > 0);
         for (; i < until; ++i) scan<L, kOutput, 1>(h, A, tokens, i, slice > 0);
       }
-      if (slices > 1) store_states(mine, h, at, s.states);
+      if (slices > 1) store_states(mine(), h, at, s.states);
     }
     __syncwarp();
     if (kOutput) tokens.store_rows(t, stage);
   }
 
   for (int slice = 0; slice < slices; ++slice) {
-    const Corner at = corner_of<L>(tile, lane, slice, int(s.states));
-    if (slices > 1) load_states(h, mine, at, s.states, 0.f);
-    if (!kOutput) store_states(mine, h, at, s.states);
+    const Corner at = corner(slice);
+    if (slices > 1) load_states(h, mine(), at, s.states, 0.f);
+    if (!kOutput) store_states(mine(), h, at, s.states);
     else if (end == s.time) sequences.turn(h, sequence, sequences.last(), at);
   }
   if (!kOutput) {
@@ -170,57 +148,28 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
 #pragma unroll
       for (int d = 32 / L; d < 32; d *= 2) steps[c] += __shfl_xor_sync(~0u, steps[c], d);
       if (lane < 32 / L && c < tokens.channels())
-        p.steps[(int64_t(row) * p.splits + chunk) * s.dim + tokens.channel() + c] = steps[c];
+        p.steps[(int64_t(tokens.walk().row) * p.splits + begin / p.chunk) * s.dim + tokens.channel() + c] = steps[c];
     }
   }
 }
 
-// A thread per channel and state of a row: where chunks end becomes where they begin.
-__global__ void __launch_bounds__(kThreads) selective_scan_carry_kernel(SelectiveScan s, Plan p) {
-  const int64_t size = s.dim * s.states, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= s.batch * size) return;
-  const int64_t row = i / size, state = i % size;
-  const float A = s.A[state] * kLog2e;
-  float* at = p.states + row * p.splits * size + state;
-  float h = *at;
-  for (int chunk = 1; chunk < p.splits; ++chunk) {
-    at += size;
-    const float end = chunk + 1 < p.splits ? *at : 0.f;
-    *at = h;
-    const int first = chunk * p.chunk, last = min(first + p.chunk, int(s.time)) - 1;
-    const bool starts = s.sequence_of && s.sequence_of[first - 1] != s.sequence_of[last];
-    // Half the exponent at a time: a large factor of a small state, or the other way round, does not overflow.
-    const float root = ex2(0.5f * A * p.steps[(row * p.splits + chunk) * s.dim + state / s.states]);
-    h = starts || h == 0.f ? end : fmaf(root, root * h, end);
-  }
+template <int L, bool kOutput> int walk(const SelectiveScan& s, const Plan& p, void* stream) {
+  const int64_t units = s.batch * (kOutput ? p.splits : p.splits - 1) * p.tiles;
+  if (units > kLongest) return cudaErrorInvalidValue;
+  const dim3 grid(unsigned((units + kWarps - 1) / kWarps));
+  const size_t bytes = size_t(kWarps) * p.layout.bytes;
+  return launch<selective_scan_forward_kernel<L, kOutput>>(grid, dim3(kThreads), bytes, stream, s, p);
 }
 
 template <int L> int forward(const SelectiveScan& s, void* stream) {
   Plan p = plan<L>(s);
   if (p.splits > 1 || p.slices > 1) p.states = s.workspace;
-  if (p.splits > 1) p.steps = s.workspace + s.batch * p.splits * s.dim * s.states;
-  const auto grid = [&](int64_t units, int64_t per_block) { return dim3(unsigned((units + per_block - 1) / per_block)); };
-  const size_t bytes = size_t(kWarps) * p.layout.bytes;
   if (p.splits > 1) {
-    const int64_t units = s.batch * (p.splits - 1) * p.tiles;
-    if (const int error = launch<selective_scan_forward_kernel<L, false>>(grid(units, kWarps), dim3(kThreads), bytes, stream, s, p))
-      return error;
-    const dim3 carry = grid(s.batch * s.dim * s.states, kThreads);
-    if (const int error = launch<selective_scan_carry_kernel>(carry, dim3(kThreads), 0, stream, s, p)) return error;
+    p.steps = p.states + s.batch * p.splits * s.dim * s.states;
+    if (const int error = walk<L, false>(s, p, stream)) return error;
+    if (const int error = selective_scan_carry_cuda(s, p.splits, p.chunk, p.states, p.steps, stream)) return error;
   }
-  const dim3 all = grid(s.batch * p.splits * p.tiles, kWarps);
-  return launch<selective_scan_forward_kernel<L, true>>(all, dim3(kThreads), bytes, stream, s, p);
-}
-
-// f<L>() for the L that the states need.
-template <class F> auto for_states(int64_t states, const F& f) {
-  switch (lanes_per_channel(states)) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 4: return f.template operator()<4>();
-    case 8: return f.template operator()<8>();
-    default: return f.template operator()<16>();
-  }
+  return walk<L, true>(s, p, stream);
 }
 
 }  // namespace
@@ -236,7 +185,7 @@ int64_t selective_scan_forward_workspace(const SelectiveScan& s) {
 int selective_scan_forward_cuda(const SelectiveScan& s, void* stream) {
   if (s.batch == 0 || s.dim == 0) return 0;
   for (const int64_t size : {s.batch, s.time, s.dim, s.states, s.sequences})
-    if (size > INT32_MAX) return cudaErrorInvalidValue;
+    if (size > kLongest) return cudaErrorInvalidValue;
   return for_states(s.states, [&]<int L>() { return forward<L>(s, stream); });
 }
 

@@ -5,62 +5,10 @@
 // warp. No warp waits for another: the barriers are those of a warp.
 #pragma once
 #include "cuda/async.cuh"
-#include "selective_scan/update.cuh"
+#include "selective_scan/forward.cuh"
 
 namespace pyseq {
 namespace {
-
-template <int L> constexpr int kTokens = L < 4 ? 4 * L : 16;
-template <int L> constexpr int kRows = kTokens<L> * kTileChannels<L>;     // elements of a tile of u
-template <int L> constexpr int kShared = kTokens<L> * kTileStates<L>;     // elements of a tile of B
-template <int L> constexpr bool kSlices = L == 16;                        // there may be more slices than one
-
-// A tensor on its way in: how it is read, and where its elements wait, in bytes from the beginning of a warp's memory.
-struct Stream {
-  View x;
-  bool wide;          // 4 elements at a time
-  int raw, stage;     // stage: bytes between the two places of what is needed once more at the end of its tile
-};
-
-// Shared memory of a warp begins with floats: delta, du and y of the tile, then B and C. y takes the place of du, unless
-// slices follow that need it.
-template <int L> struct Floats {
-  static constexpr int kDelta = 0, kDu = kRows<L>, kY = kSlices<L> ? 2 * kRows<L> : kDu, kB = kY + kRows<L>,
-                       kC = kB + kShared<L>, kEnd = kC + kShared<L>;
-};
-
-// Then come the streams. dt, B and C are converted before the next tile is asked for, so they wait in one place; u and z
-// have two.
-struct Layout {
-  Stream dt, u, z, B, C;
-  bool wide_y;
-  int bytes;
-};
-
-template <int L> Layout layout(const SelectiveScan& s) {
-  Layout at{};
-  at.bytes = Floats<L>::kEnd * 4;
-  const auto take = [&](int64_t bytes) {
-    const int begin = at.bytes;
-    at.bytes += int(bytes);
-    return begin;
-  };
-  const bool aligned = s.groups == 1 || s.dim / s.groups % 4 == 0;   // the first channel of every group
-  const auto rows = [&](const View& x, int stages) {
-    const int bytes = kRows<L> * int(size_of(x.type)), raw = x ? take(stages * bytes) : 0;
-    return Stream{x, aligned && vectorisable(x, 4, 2), raw, stages > 1 ? bytes : 0};
-  };
-  const auto shared = [&](const View& x) {
-    return Stream{x, vectorisable(x, 4, 3), take(kShared<L> * size_of(x.type)), 0};
-  };
-  at.dt = rows(s.dt, 1);
-  at.u = rows(s.u, 2);
-  at.z = rows(s.z, 2);
-  at.B = shared(s.B);
-  at.C = shared(s.C);
-  at.wide_y = aligned && vectorisable(s.y, 4, 2);
-  return at;
-}
 
 __device__ __forceinline__ int within(int most, int count) { return min(max(count, 0), most); }
 
@@ -72,12 +20,12 @@ template <int L> struct Tokens {
   const SelectiveScan& s;
   const Layout& at;
   unsigned char* memory;
-  Tile tile;
-  int row, end, lane;
+  int end, lane;
 
+  __device__ __forceinline__ const Walk& walk() const { return *reinterpret_cast<const Walk*>(memory); }
   // The first of the 4 channels that this thread copies, how many of them there are, and its first token in a tile.
-  __device__ __forceinline__ int channel() const { return tile.channel + lane % (32 / L) * 4; }
-  __device__ __forceinline__ int channels() const { return within(4, tile.channels - lane % (32 / L) * 4); }
+  __device__ __forceinline__ int channel() const { return walk().tile.channel + lane % (32 / L) * 4; }
+  __device__ __forceinline__ int channels() const { return within(4, walk().tile.channels - lane % (32 / L) * 4); }
   __device__ __forceinline__ int first() const { return lane / (32 / L); }
   // How many tokens of a tile there are.
   __device__ __forceinline__ int left(int begin) const { return within(kTokens<L>, end - begin); }
@@ -127,7 +75,7 @@ template <int L> struct Tokens {
 #pragma unroll 1
     for (int i = 0; i < (kOutput && s.z ? 3 : 2); ++i) {
       const View& x = streams[i].x;
-      const int64_t offset = row * x.stride[0] + (begin + first()) * x.stride[1] + channel();
+      const int64_t offset = walk().row * x.stride[0] + (begin + first()) * x.stride[1] + channel();
       fetch<kPasses, L>(streams[i], stage, offset, left(begin) - first(), channels());
     }
   }
@@ -138,7 +86,7 @@ template <int L> struct Tokens {
 #pragma unroll 1
     for (int i = 0; i < (kOutput ? 2 : 1); ++i) {
       const View& x = streams[i].x;
-      const int64_t offset = row * x.stride[0] + (begin + token) * x.stride[1] + tile.group * x.stride[2] + state;
+      const int64_t offset = walk().row * x.stride[0] + (begin + token) * x.stride[1] + walk().tile.group * x.stride[2] + state;
       fetch<kFours, 32 / L>(streams[i], 0, offset, left(begin) - token, within(4, int(s.states) - state));
     }
   }
@@ -177,7 +125,7 @@ template <int L> struct Tokens {
     const View u = raw(at.u, stage), z = raw(at.z, stage);
     const Vec<4> D = of_channels(s.D);
     const int rows = left(begin) - first();
-    int64_t to = row * s.y.stride[0] + (begin + first()) * s.y.stride[1] + channel();
+    int64_t to = walk().row * s.y.stride[0] + (begin + first()) * s.y.stride[1] + channel();
 #pragma unroll 1
     for (int k = 0; k < kPasses; ++k, to += L * s.y.stride[1]) {
       const int four = (k * 32 + lane) * 4;

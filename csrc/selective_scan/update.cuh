@@ -12,11 +12,19 @@ namespace {
 template <int L> constexpr int kTileChannels = 128 / L;
 template <int L> constexpr int kTileStates = 4 * L;
 
-constexpr int lanes_per_channel(int64_t states) {
-  return states <= 4 ? 1 : states <= 8 ? 2 : states <= 16 ? 4 : states <= 32 ? 8 : 16;
+// f<L>() for the L that N states need.
+template <class F> auto for_states(int64_t N, const F& f) {
+  if (N <= 4) return f.template operator()<1>();
+  if (N <= 8) return f.template operator()<2>();
+  if (N <= 16) return f.template operator()<4>();
+  if (N <= 32) return f.template operator()<8>();
+  return f.template operator()<16>();
 }
 
-// The tiles of a row: those of group 0, then those of group 1, ... Places along an axis are int, offsets into memory int64_t.
+// Places along an axis are int, offsets into memory int64_t. No axis is longer than this.
+constexpr int64_t kLongest = INT32_MAX - kChunk;
+
+// The tiles of a row: those of group 0, then those of group 1, ...
 template <int L> constexpr int tiles_of_group(int channels) { return (channels + kTileChannels<L> - 1) / kTileChannels<L>; }
 
 struct Tile {

@@ -1,0 +1,221 @@
+// The parts of the backward that walk through one span of 8 tokens, and the shared memory they meet in.
+#pragma once
+#include "selective_scan/backward.cuh"
+
+namespace pyseq {
+namespace {
+
+constexpr float kLn2 = 0.693147181f;
+
+struct Shared {
+  float p[kSpan][4][kThreads][4];        // [token, channel, thread, state]; walk_back puts S1, S2, dB, dC in the place of p
+  float delta[kSpan][kBlock], du[kSpan][kBlock], dv[kSpan][kBlock];   // du: delta u
+  float B[kSpan][kSlice], C[kSpan][kSlice];
+  float D[kBlock], bias[kBlock];
+  float v[kSpan][kBlock];                // <C, h>; with z
+  float sums[2][kSpan][kBlock];          // S1 and S2 of the slices so far; more than one slice
+};
+
+__device__ __forceinline__ void stage_weights(Shared& m, const SelectiveScan& s, const Place& at) {
+  const int i = threadIdx.x;
+  m.D[i] = s.D && i < at.channels ? s.D[at.first + i] : 0.f;
+  m.bias[i] = s.dt_bias && i < at.channels ? s.dt_bias[at.first + i] : 0.f;
+  __syncthreads();
+}
+
+// delta, delta u and, on the way back, dv of the tokens [t0, t0 + tokens).
+__device__ __forceinline__ void stage_channels(Shared& m, const SelectiveScan& s, const Place& at, int64_t t0, int tokens,
+                                               bool back, bool vectorised) {
+  const int64_t channel = at.first + 4 * at.lane, count = at.channels - 4 * at.lane;
+  const Vec<4> bias = load_vec<4>(m.bias + 4 * at.lane);
+#pragma unroll
+  for (int t = at.warp; t < kSpan; t += kWarps) {
+    if (t >= tokens) break;
+    const auto row = [&](const View& x) { return at.row * x.stride[0] + (t0 + t) * x.stride[1] + channel; };
+    Vec<4> delta = load_vec<4>(s.dt, row(s.dt), vectorised, count), du = load_vec<4>(s.u, row(s.u), vectorised, count);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      delta[c] += bias[c];
+      if (s.dt_softplus) delta[c] = softplus(delta[c]);
+      du[c] *= delta[c];
+    }
+    store_vec<4>(m.delta[t] + 4 * at.lane, delta);
+    store_vec<4>(m.du[t] + 4 * at.lane, du);
+    if (!back) continue;
+    Vec<4> dv{};
+    if (s.dy) dv = load_vec<4>(s.dy, row(s.dy), vectorised, count);
+    if (s.z) {
+      const Vec<4> z = load_vec<4>(s.z, row(s.z), vectorised, count);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) dv[c] *= silu(z[c]);
+    }
+    store_vec<4>(m.dv[t] + 4 * at.lane, dv);
+  }
+}
+
+__device__ __forceinline__ void stage_shared(Shared& m, const SelectiveScan& s, const Place& at, int64_t t0, int tokens, int slice) {
+  const int t = threadIdx.x / kSlice, i = threadIdx.x % kSlice;
+  const int64_t n = slice * kSlice + i;
+  const auto value = [&](const View& x) {
+    const int64_t offset = at.row * x.stride[0] + (t0 + t) * x.stride[1] + at.group * x.stride[2] + n;
+    return t < tokens && n < s.states ? load(x, offset) : 0.f;
+  };
+  m.B[t][i] = value(s.B);
+  m.C[t][i] = value(s.C);
+}
+
+// h through the tokens of a span. A is pre-scaled by log2 e.
+template <bool keep>
+__device__ __forceinline__ void walk_forward(float (&h)[4][4], const float (&A)[4][4], Shared& m, const SelectiveScan& s,
+                                             const Place& at, const Sequences& q, int64_t t0, int tokens, unsigned starts, int slice) {
+#pragma unroll 1
+  for (int t = 0; t < tokens; ++t) {
+    if (starts >> t & 1) load_tile(h, s.state ? s.state + q.at(t0 + t) * s.dim * s.states : nullptr, s, at, slice);
+    const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.quad), du = load_vec<4>(m.du[t] + 4 * at.quad);
+    const Vec<4> B = load_vec<4>(m.B[t] + 4 * at.sl);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      Vec<4> p;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        p[n] = ex2(delta[c] * A[c][n]) * h[c][n];
+        h[c][n] = fmaf(du[c], B[n], p[n]);
+      }
+      if (keep) store_vec<4>(m.p[t][c][threadIdx.x], p);
+    }
+  }
+}
+
+// v of channel 4 quad + sl, from what the four lanes that share the channels have of each.
+__device__ __forceinline__ float sum_lanes(const float (&v)[4], int sl) {
+  const bool high = sl / 2, odd = sl % 2;
+  const float v0 = (high ? v[2] : v[0]) + __shfl_xor_sync(~0u, high ? v[0] : v[2], 16);
+  const float v1 = (high ? v[3] : v[1]) + __shfl_xor_sync(~0u, high ? v[1] : v[3], 16);
+  return (odd ? v1 : v0) + __shfl_xor_sync(~0u, odd ? v0 : v1, 8);
+}
+
+// g arrives and leaves as exp(delta A) g of the token behind.
+template <bool gated>
+__device__ __forceinline__ void walk_back(float (&g)[4][4], float (&dA)[4][4], const float (&A)[4][4], Shared& m,
+                                          const SelectiveScan& s, const Place& at, const Sequences& q, int64_t t0, int tokens,
+                                          unsigned starts, int slice) {
+#pragma unroll 1
+  for (int t = tokens - 1; t >= 0; --t) {
+    const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.quad), du = load_vec<4>(m.du[t] + 4 * at.quad);
+    const Vec<4> dv = load_vec<4>(m.dv[t] + 4 * at.quad);
+    const Vec<4> B = load_vec<4>(m.B[t] + 4 * at.sl), C = load_vec<4>(m.C[t] + 4 * at.sl);
+    Vec<4> S1{}, S2{}, dB{}, dC{};
+    float v[4] = {};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const Vec<4> p = load_vec<4>(m.p[t][c][threadIdx.x]);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float a = ex2(delta[c] * A[c][n]), h = fmaf(du[c], B[n], p[n]);
+        const float g_t = fmaf(C[n], dv[c], g[c][n]), r = g_t * p[n];
+        dB[n] = fmaf(g_t, du[c], dB[n]);
+        dC[n] = fmaf(h, dv[c], dC[n]);
+        S1[c] = fmaf(g_t, B[n], S1[c]);
+        S2[c] = fmaf(r, A[c][n], S2[c]);
+        dA[c][n] = fmaf(r, delta[c], dA[c][n]);
+        if (gated) v[c] = fmaf(h, C[n], v[c]);
+        g[c][n] = a * g_t;
+      }
+    }
+    store_vec<4>(m.p[t][0][threadIdx.x], S1);
+    store_vec<4>(m.p[t][1][threadIdx.x], S2);
+    store_vec<4>(m.p[t][2][threadIdx.x], dB);
+    store_vec<4>(m.p[t][3][threadIdx.x], dC);
+    if (gated) {
+      float* const to = &m.v[t][4 * at.quad + at.sl];
+      *to = sum_lanes(v, at.sl) + (slice ? *to : 0.f);
+    }
+    if (starts >> t & 1) {
+      if (s.dstate) store_tile(s.dstate + q.at(t0 + t) * s.dim * s.states, g, s, at, slice);
+      end_sequence(g, q, t0 + t, s, at, slice);
+    }
+  }
+}
+
+// dB and dC of the span, summed over the 32 threads that share their states. A warp takes the states of one sl: a lane one
+// token, one of the two, and the threads of two warps; neighbouring tokens begin at different threads, off each other's banks.
+__device__ __forceinline__ void sum_channels(const Shared& m, const Place& at, float* slab, int64_t width, int64_t t0, int tokens,
+                                             int slice) {
+  const int t = at.lane % 8, kind = at.lane / 8 % 2, half = at.lane / 16, sl = at.warp;
+  Vec<4> sum{};
+  if (t < tokens) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const Vec<4> x = load_vec<4>(m.p[t][2 + kind][32 * (2 * half + i / 8) + 8 * sl + (i + t) % 8]);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) sum[n] += x[n];
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 4; ++n) sum[n] += __shfl_xor_sync(~0u, sum[n], 16);
+  if (half == 0 && t < tokens) store_vec<4>(slab + ((t0 + t) * 2 + kind) * width + slice * kSlice + 4 * sl, sum);
+}
+
+// S1 = <B, g> and S2 = <A, r>, summed over the 4 lanes that share their channels, and after the last slice what is made of
+// them. Lane i takes channels 4 i of the block.
+__device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, const Place& at, int64_t t0, int tokens, int slice,
+                                           int slices, Vec<4>& dD, Vec<4>& dbias, bool vectorised) {
+  const int64_t channel = at.first + 4 * at.lane, count = at.channels - 4 * at.lane;
+#pragma unroll 1
+  for (int t = at.warp; t < tokens; t += kWarps) {
+    Vec<4> S[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const Vec<4> x = load_vec<4>(m.p[t][i / 4][at.lane / 8 * 32 + i % 4 * 8 + at.lane % 8]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) S[i / 4][c] += x[c];
+    }
+    for (int i = 0; slices > 1 && i < 2; ++i) {
+      float* const kept = m.sums[i][t] + 4 * at.lane;
+      const Vec<4> before = slice ? load_vec<4>(kept) : Vec<4>{};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) S[i][c] += before[c];
+      store_vec<4>(kept, S[i]);
+    }
+    if (slice + 1 < slices) continue;
+    const auto row = [&](const View& x) { return at.row * x.stride[0] + (t0 + t) * x.stride[1] + channel; };
+    const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.lane), dv = load_vec<4>(m.dv[t] + 4 * at.lane);
+    const Vec<4> u = load_vec<4>(s.u, row(s.u), vectorised, count), D = load_vec<4>(m.D + 4 * at.lane);
+    Vec<4> du, ddt;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      du[c] = fmaf(delta[c], S[0][c], D[c] * dv[c]);
+      ddt[c] = fmaf(u[c], S[0][c], kLn2 * S[1][c]);   // A carries log2 e
+      if (s.dt_softplus) ddt[c] *= softplus_grad(delta[c]);
+      dD[c] = fmaf(dv[c], u[c], dD[c]);
+      dbias[c] += ddt[c];
+    }
+    store_vec<4>(s.du, row(s.du), du, vectorised, count);
+    store_vec<4>(s.ddt, row(s.ddt), ddt, vectorised, count);
+    if (!s.z) continue;
+    const Vec<4> z = load_vec<4>(s.z, row(s.z), vectorised, count), v = load_vec<4>(m.v[t] + 4 * at.lane);
+    Vec<4> dz{};
+    if (s.dy) dz = load_vec<4>(s.dy, row(s.dy), vectorised, count);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) dz[c] *= silu_grad(z[c]) * fmaf(D[c], u[c], v[c]);
+    store_vec<4>(s.dz, row(s.dz), dz, vectorised, count);
+  }
+}
+
+// What each warp has of the sums over tokens, added up.
+__device__ __forceinline__ void sum_weights(Shared& m, const SelectiveScan& s, const Workspace& w, const Place& at, int64_t row,
+                                            const Vec<4>& dD, const Vec<4>& dbias) {
+  __syncthreads();   // the last span is read
+  store_vec<4>(m.delta[at.warp] + 4 * at.lane, dD);
+  store_vec<4>(m.du[at.warp] + 4 * at.lane, dbias);
+  __syncthreads();
+  const int i = threadIdx.x;
+  if (i >= at.channels) return;
+  float sum_D = 0.f, sum_bias = 0.f;
+  for (int warp = 0; warp < kWarps; ++warp) sum_D += m.delta[warp][i], sum_bias += m.du[warp][i];
+  w.dD[row * s.dim + at.first + i] = sum_D;
+  w.dbias[row * s.dim + at.first + i] = sum_bias;
+}
+
+}  // namespace
+}  // namespace pyseq

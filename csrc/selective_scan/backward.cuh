@@ -21,7 +21,7 @@ namespace {
 constexpr int kThreads = int(kBlock), kSpan = 8, kSlice = 16, kQuads = kThreads / 4, kWarps = kThreads / 32;
 constexpr int kTile = kThreads * 16;             // floats of the tiles of a block
 constexpr int kKept = int(kChunk) / kSpan - 1;   // states kept per chunk: before tokens 8, 16, ... 56
-constexpr int64_t kEnough = 0;                 // blocks that fill the largest GPU this was written for, two to each of 132 SMs
+constexpr int64_t kEnough = 264;                 // blocks that fill the largest GPU this was written for, two to each of 132 SMs
 
 struct Workspace {
   int64_t blocks, slices, segments, chunks;      // blocks of a group; chunks of 64 tokens in a segment
@@ -30,8 +30,9 @@ struct Workspace {
   float *dA, *dD, *dbias;                        // [B segments, D, N], [B segments, D] twice: sums over the tokens of a segment
   float* kept;                                   // [units segments, slices, kKept (+ 2), kTile]: h; past one slice also g and dA
   float* carry;                                  // [units segments, slices, kTile]: exp(delta A) g behind a segment
-  float* decay;                                  // [units segments, kThreads]: sum of delta over a segment, infinite across a start
+  float* decay;                                  // [units segments, kThreads]: sum of delta over a segment, infinite where a sequence begins in or behind it
   int64_t floats;
+  bool vectorised;                               // four channels in one access
 
   explicit Workspace(const SelectiveScan& s) {
     const int64_t all = (s.time + kChunk - 1) / kChunk;
@@ -41,6 +42,8 @@ struct Workspace {
     segments = segments < 1 ? 1 : segments;
     chunks = (all + segments - 1) / segments;
     segments = chunks > 0 ? (all + chunks - 1) / chunks : 1;
+    vectorised = s.groups > 0 && s.dim / s.groups % 4 == 0;
+    for (const View* x : {&s.u, &s.dt, &s.z, &s.dy, &s.du, &s.ddt, &s.dz}) vectorised = vectorised && vectorisable(*x, 4, 2);
     floats = 0;
     const auto take = [&](int64_t n) {
       float* const p = s.workspace + floats;
@@ -59,13 +62,13 @@ struct Workspace {
 };
 
 struct Place {
-  int64_t row, group, unit, segment, segments;
+  int64_t row, group, unit, segment;
   int64_t begin, end;                            // tokens
   int64_t first;                                 // channel of the block
   int channels, warp, lane, quad, sl;            // channels: that exist, of 128; quad: of this thread's channels
 
-  __device__ Place(const SelectiveScan& s, const Workspace& w) {
-    unit = blockIdx.x / w.segments, segment = blockIdx.x % w.segments, segments = w.segments;
+  __device__ Place(const SelectiveScan& s, const Workspace& w, int64_t i) {   // the i-th of units segments
+    unit = i / w.segments, segment = i % w.segments;
     const int64_t per_group = s.dim / s.groups, block = unit % w.blocks;
     row = unit / w.blocks / s.groups, group = unit / w.blocks % s.groups;
     begin = segment * w.chunks * kChunk, end = begin + w.chunks * kChunk;
@@ -130,16 +133,19 @@ __device__ __forceinline__ void store_own(float* to, const float (&from)[4][4]) 
   }
 }
 
-// The gradient of the state behind token t - 1, where a sequence ends there: x = dstate_out. Sequences without tokens that
-// lie between t - 1 and t hand theirs on.
-__device__ __forceinline__ void end_sequence(float (&x)[4][4], const Sequences& q, int64_t t, const SelectiveScan& s,
-                                             const Place& at, int slice) {
-  const int64_t size = s.dim * s.states, above = t < q.time ? q.at(t) : q.end;
-  for (int64_t i = t > 0 ? q.at(t - 1) + 1 : q.begin; s.dstate && i < above; ++i) {
+// The gradient that arrives at the state behind token t - 1, where a sequence ends.
+__device__ __forceinline__ void load_end(float (&x)[4][4], const Sequences& q, int64_t t, const SelectiveScan& s,
+                                         const Place& at, int slice) {
+  load_tile(x, s.dstate_out ? s.dstate_out + q.at(t - 1) * s.dim * s.states : nullptr, s, at, slice);
+}
+// Sequences without tokens, between token t - 1 and token t, hand theirs on.
+__device__ __forceinline__ void pass_empty(const Sequences& q, int64_t t, const SelectiveScan& s, const Place& at, int slice) {
+  const int64_t size = s.dim * s.states, end = t < q.time ? q.at(t) : q.end;
+  for (int64_t i = t > 0 ? q.at(t - 1) + 1 : q.begin; s.dstate && i < end; ++i) {
+    float x[4][4];
     load_tile(x, s.dstate_out ? s.dstate_out + i * size : nullptr, s, at, slice);
     store_tile(s.dstate + i * size, x, s, at, slice);
   }
-  if (t > 0) load_tile(x, s.dstate_out ? s.dstate_out + q.at(t - 1) * size : nullptr, s, at, slice);
 }
 
 // The state before token t of a chunk that begins there; at the start of a sequence it is replaced.

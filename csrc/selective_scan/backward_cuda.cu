@@ -14,8 +14,7 @@ namespace {
 
 // (i) of a chunk: keeps the state before each span but the first.
 __device__ __forceinline__ void keep_spans(const float (&A_0)[4][4], Shared& m, const SelectiveScan& s, const Workspace& w,
-                                           const Place& at, const Sequences& q, int64_t from, int64_t end, float* kept,
-                                           bool vectorised) {
+                                           const Place& at, const Sequences& q, int64_t from, int64_t end, float* kept) {
   float A[4][4], h[4][4];
   for (int i = 0; i < 16; ++i) A[i / 4][i % 4] = A_0[i / 4][i % 4];
   const int slices = int(w.slices), held = int(w.held());
@@ -26,7 +25,7 @@ __device__ __forceinline__ void keep_spans(const float (&A_0)[4][4], Shared& m, 
 #pragma unroll 1
     for (int slice = 0; slice < slices; ++slice) {
       __syncthreads();   // all have read what the span before left
-      if (slice == 0) stage_channels(m, s, at, t0, kSpan, false, vectorised);
+      if (slice == 0) stage_channels(m, s, w, at, t0, kSpan, false);
       stage_shared(m, s, at, t0, kSpan, slice);
       __syncthreads();
       float* const mine = kept + slice * held * kTile;
@@ -40,9 +39,9 @@ __device__ __forceinline__ void keep_spans(const float (&A_0)[4][4], Shared& m, 
 }
 
 template <bool gated>
-__global__ void __launch_bounds__(kThreads) selective_scan_backward_kernel(SelectiveScan s, Workspace w, bool vectorised) {
+__global__ void __launch_bounds__(kThreads, 2) selective_scan_backward_kernel(SelectiveScan s, Workspace w) {
   Shared& m = *dynamic_smem<Shared>();
-  const Place at(s, w);
+  const Place at(s, w, blockIdx.x);
   const Sequences q(s, at.row);
   const int slices = int(w.slices), held = int(w.held());
   const int64_t width = w.slices * kSlice;
@@ -55,15 +54,16 @@ __global__ void __launch_bounds__(kThreads) selective_scan_backward_kernel(Selec
 #pragma unroll 1
   for (int slice = slices - 1; slice >= 0; --slice) {   // g: exp(delta A) g of the token behind
     load_decay(A, s, at, slice);
-    if (at.end == s.time || q.starts(at.end)) end_sequence(g, q, at.end, s, at, slice);
-    else load_own(g, w.carry + (blockIdx.x * w.slices + slice) * kTile);
+    if (at.end == s.time) pass_empty(q, at.end, s, at, slice);
+    if (at.end < s.time && !q.starts(at.end)) load_own(g, w.carry + (blockIdx.x * w.slices + slice) * kTile);
+    else if (at.end > 0) load_end(g, q, at.end, s, at, slice);
     float* const mine = kept + (slice * held + kKept) * kTile;
     if (slices > 1) store_own(mine, g), store_own(mine + kTile, dA);
   }
 #pragma unroll 1
   for (int64_t from = (at.end + kChunk - 1) / kChunk * kChunk - kChunk; from >= at.begin; from -= kChunk) {
     const int64_t end = from + kChunk < at.end ? from + kChunk : at.end;
-    keep_spans(A, m, s, w, at, q, from, end, kept, vectorised);
+    keep_spans(A, m, s, w, at, q, from, end, kept);
 #pragma unroll 1
     for (int span = int(end - from - 1) / kSpan; span >= 0; --span) {
       const int64_t t0 = from + span * kSpan;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) selective_scan_backward_kernel(Selec
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
         __syncthreads();   // all have read what the span before left
-        if (slice == 0) stage_channels(m, s, at, t0, tokens, true, vectorised);
+        if (slice == 0) stage_channels(m, s, w, at, t0, tokens, true);
         stage_shared(m, s, at, t0, tokens, slice);
         __syncthreads();
         float* const mine = kept + slice * held * kTile;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) selective_scan_backward_kernel(Selec
         if (slices > 1) store_own(mine + kKept * kTile, g), store_own(mine + (kKept + 1) * kTile, dA);
         __syncthreads();   // the sums of every thread are there
         sum_channels(m, at, slab, width, t0, tokens, slice);
-        sum_states(m, s, at, t0, tokens, slice, slices, dD, dbias, vectorised);
+        sum_states(m, s, w, at, t0, tokens, slice, dD, dbias);
       }
     }
   }
@@ -106,16 +106,14 @@ int64_t selective_scan_backward_workspace(const SelectiveScan& s) { return Works
 
 int selective_scan_backward_cuda(const SelectiveScan& s, void* stream) {
   const Workspace w(s);
-  bool vectorised = s.dim / s.groups % 4 == 0;
-  for (const View* x : {&s.u, &s.dt, &s.z, &s.dy, &s.du, &s.ddt, &s.dz}) vectorised = vectorised && vectorisable(*x, 4, 2);
   if (const int64_t grid = w.units * w.segments; grid > 0) {
     if (w.segments > 1) {
       if (int error = selective_scan_backward_carry_cuda(s, stream)) return error;
     }
     const size_t bytes = w.slices > 1 ? sizeof(Shared) : s.z ? offsetof(Shared, sums) : offsetof(Shared, v);
     const dim3 blocks{unsigned(grid)}, threads{kThreads};
-    const int error = s.z ? launch<selective_scan_backward_kernel<true>>(blocks, threads, bytes, stream, s, w, vectorised)
-                          : launch<selective_scan_backward_kernel<false>>(blocks, threads, bytes, stream, s, w, vectorised);
+    const int error = s.z ? launch<selective_scan_backward_kernel<true>>(blocks, threads, bytes, stream, s, w)
+                          : launch<selective_scan_backward_kernel<false>>(blocks, threads, bytes, stream, s, w);
     if (error) return error;
   }
   return selective_scan_reduce_cuda(s, stream);

@@ -8,12 +8,12 @@ namespace {
 constexpr float kLn2 = 0.693147181f;
 
 struct Shared {
-  float p[kSpan][4][kThreads][4];        // [token, channel, thread, state]; walk_back puts S1, S2, dB, dC in the place of p
   float delta[kSpan][kBlock], du[kSpan][kBlock], dv[kSpan][kBlock];   // du: delta u
   float B[kSpan][kSlice], C[kSpan][kSlice];
   float D[kBlock], bias[kBlock];
-  float v[kSpan][kBlock];                // <C, h>; with z
-  float sums[2][kSpan][kBlock];          // S1 and S2 of the slices so far; more than one slice
+  float p[kSpan][4][kThreads][4];   // [token, channel, thread, state]; step_back puts S1, S2, dB, dC in the place of p
+  float v[kSpan][kBlock];           // <C, h>; with z
+  float sums[2][kSpan][kBlock];     // S1 and S2 of the slices so far; more than one slice
 };
 
 __device__ __forceinline__ void stage_weights(Shared& m, const SelectiveScan& s, const Place& at) {
@@ -24,15 +24,15 @@ __device__ __forceinline__ void stage_weights(Shared& m, const SelectiveScan& s,
 }
 
 // delta, delta u and, on the way back, dv of the tokens [t0, t0 + tokens).
-__device__ __forceinline__ void stage_channels(Shared& m, const SelectiveScan& s, const Place& at, int64_t t0, int tokens,
-                                               bool back, bool vectorised) {
+__device__ __forceinline__ void stage_channels(Shared& m, const SelectiveScan& s, const Workspace& w,
+                                               const Place& at, int64_t t0, int tokens, bool back) {
   const int64_t channel = at.first + 4 * at.lane, count = at.channels - 4 * at.lane;
   const Vec<4> bias = load_vec<4>(m.bias + 4 * at.lane);
 #pragma unroll
   for (int t = at.warp; t < kSpan; t += kWarps) {
     if (t >= tokens) break;
     const auto row = [&](const View& x) { return at.row * x.stride[0] + (t0 + t) * x.stride[1] + channel; };
-    Vec<4> delta = load_vec<4>(s.dt, row(s.dt), vectorised, count), du = load_vec<4>(s.u, row(s.u), vectorised, count);
+    Vec<4> delta = load_vec<4>(s.dt, row(s.dt), w.vectorised, count), du = load_vec<4>(s.u, row(s.u), w.vectorised, count);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       delta[c] += bias[c];
@@ -43,9 +43,9 @@ __device__ __forceinline__ void stage_channels(Shared& m, const SelectiveScan& s
     store_vec<4>(m.du[t] + 4 * at.lane, du);
     if (!back) continue;
     Vec<4> dv{};
-    if (s.dy) dv = load_vec<4>(s.dy, row(s.dy), vectorised, count);
+    if (s.dy) dv = load_vec<4>(s.dy, row(s.dy), w.vectorised, count);
     if (s.z) {
-      const Vec<4> z = load_vec<4>(s.z, row(s.z), vectorised, count);
+      const Vec<4> z = load_vec<4>(s.z, row(s.z), w.vectorised, count);
 #pragma unroll
       for (int c = 0; c < 4; ++c) dv[c] *= silu(z[c]);
     }
@@ -64,24 +64,29 @@ __device__ __forceinline__ void stage_shared(Shared& m, const SelectiveScan& s, 
   m.C[t][i] = value(s.C);
 }
 
-// h through the tokens of a span. A is pre-scaled by log2 e.
+// h through the tokens of a span, from one start of a sequence to the next. A is pre-scaled by log2 e.
 template <bool keep>
 __device__ __forceinline__ void walk_forward(float (&h)[4][4], const float (&A)[4][4], Shared& m, const SelectiveScan& s,
-                                             const Place& at, const Sequences& q, int64_t t0, int tokens, unsigned starts, int slice) {
+                                             const Place& at, const Sequences& q, int64_t t0, int tokens, unsigned starts,
+                                             int slice) {
 #pragma unroll 1
-  for (int t = 0; t < tokens; ++t) {
+  for (int t = 0; t < tokens;) {
+    const int next = __ffs(starts >> t >> 1), end = next ? t + next : tokens;
     if (starts >> t & 1) load_tile(h, s.state ? s.state + q.at(t0 + t) * s.dim * s.states : nullptr, s, at, slice);
-    const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.quad), du = load_vec<4>(m.du[t] + 4 * at.quad);
-    const Vec<4> B = load_vec<4>(m.B[t] + 4 * at.sl);
+#pragma unroll 1
+    for (; t < end; ++t) {
+      const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.quad), du = load_vec<4>(m.du[t] + 4 * at.quad);
+      const Vec<4> B = load_vec<4>(m.B[t] + 4 * at.sl);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      Vec<4> p;
+      for (int c = 0; c < 4; ++c) {
+        Vec<4> p;
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        p[n] = ex2(delta[c] * A[c][n]) * h[c][n];
-        h[c][n] = fmaf(du[c], B[n], p[n]);
+        for (int n = 0; n < 4; ++n) {
+          p[n] = ex2(delta[c] * A[c][n]) * h[c][n];
+          h[c][n] = fmaf(du[c], B[n], p[n]);
+        }
+        if (keep) store_vec<4>(m.p[t][c][threadIdx.x], p);
       }
-      if (keep) store_vec<4>(m.p[t][c][threadIdx.x], p);
     }
   }
 }
@@ -94,46 +99,57 @@ __device__ __forceinline__ float sum_lanes(const float (&v)[4], int sl) {
   return (odd ? v1 : v0) + __shfl_xor_sync(~0u, odd ? v0 : v1, 8);
 }
 
-// g arrives and leaves as exp(delta A) g of the token behind.
+// One token. g arrives as exp(delta A) g of the token behind, and leaves as that of this one.
+template <bool gated>
+__device__ __forceinline__ void step_back(float (&g)[4][4], float (&dA)[4][4], const float (&A)[4][4], Shared& m,
+                                          const Place& at, int t, int slice) {
+  const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.quad), du = load_vec<4>(m.du[t] + 4 * at.quad);
+  const Vec<4> dv = load_vec<4>(m.dv[t] + 4 * at.quad);
+  const Vec<4> B = load_vec<4>(m.B[t] + 4 * at.sl), C = load_vec<4>(m.C[t] + 4 * at.sl);
+  Vec<4> S1{}, S2{}, dB{}, dC{};
+  float v[4] = {};
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const Vec<4> p = load_vec<4>(m.p[t][c][threadIdx.x]);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float a = ex2(delta[c] * A[c][n]), h = fmaf(du[c], B[n], p[n]);
+      const float g_t = fmaf(C[n], dv[c], g[c][n]), r = g_t * p[n];
+      dB[n] = fmaf(g_t, du[c], dB[n]);
+      dC[n] = fmaf(h, dv[c], dC[n]);
+      S1[c] = fmaf(g_t, B[n], S1[c]);
+      S2[c] = fmaf(r, A[c][n], S2[c]);
+      dA[c][n] = fmaf(r, delta[c], dA[c][n]);
+      if (gated) v[c] = fmaf(h, C[n], v[c]);
+      g[c][n] = a * g_t;
+    }
+  }
+  store_vec<4>(m.p[t][0][threadIdx.x], S1);
+  store_vec<4>(m.p[t][1][threadIdx.x], S2);
+  store_vec<4>(m.p[t][2][threadIdx.x], dB);
+  store_vec<4>(m.p[t][3][threadIdx.x], dC);
+  if (gated) {
+    float* const to = &m.v[t][4 * at.quad + at.sl];
+    *to = sum_lanes(v, at.sl) + (slice ? *to : 0.f);
+  }
+}
+
 template <bool gated>
 __device__ __forceinline__ void walk_back(float (&g)[4][4], float (&dA)[4][4], const float (&A)[4][4], Shared& m,
-                                          const SelectiveScan& s, const Place& at, const Sequences& q, int64_t t0, int tokens,
-                                          unsigned starts, int slice) {
+                                          const SelectiveScan& s, const Place& at, const Sequences& q, int64_t t0,
+                                          int tokens, unsigned starts, int slice) {
 #pragma unroll 1
-  for (int t = tokens - 1; t >= 0; --t) {
-    const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.quad), du = load_vec<4>(m.du[t] + 4 * at.quad);
-    const Vec<4> dv = load_vec<4>(m.dv[t] + 4 * at.quad);
-    const Vec<4> B = load_vec<4>(m.B[t] + 4 * at.sl), C = load_vec<4>(m.C[t] + 4 * at.sl);
-    Vec<4> S1{}, S2{}, dB{}, dC{};
-    float v[4] = {};
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const Vec<4> p = load_vec<4>(m.p[t][c][threadIdx.x]);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float a = ex2(delta[c] * A[c][n]), h = fmaf(du[c], B[n], p[n]);
-        const float g_t = fmaf(C[n], dv[c], g[c][n]), r = g_t * p[n];
-        dB[n] = fmaf(g_t, du[c], dB[n]);
-        dC[n] = fmaf(h, dv[c], dC[n]);
-        S1[c] = fmaf(g_t, B[n], S1[c]);
-        S2[c] = fmaf(r, A[c][n], S2[c]);
-        dA[c][n] = fmaf(r, delta[c], dA[c][n]);
-        if (gated) v[c] = fmaf(h, C[n], v[c]);
-        g[c][n] = a * g_t;
-      }
+  for (int end = tokens; end > 0;) {
+    const unsigned before = starts & ((1u << end) - 1);
+    const int begin = before ? 31 - __clz(int(before)) : 0;
+#pragma unroll 1
+    for (int t = end - 1; t >= begin; --t) step_back<gated>(g, dA, A, m, at, t, slice);
+    if (before) {
+      if (s.dstate) store_tile(s.dstate + q.at(t0 + begin) * s.dim * s.states, g, s, at, slice);
+      pass_empty(q, t0 + begin, s, at, slice);
+      if (t0 + begin > 0) load_end(g, q, t0 + begin, s, at, slice);
     }
-    store_vec<4>(m.p[t][0][threadIdx.x], S1);
-    store_vec<4>(m.p[t][1][threadIdx.x], S2);
-    store_vec<4>(m.p[t][2][threadIdx.x], dB);
-    store_vec<4>(m.p[t][3][threadIdx.x], dC);
-    if (gated) {
-      float* const to = &m.v[t][4 * at.quad + at.sl];
-      *to = sum_lanes(v, at.sl) + (slice ? *to : 0.f);
-    }
-    if (starts >> t & 1) {
-      if (s.dstate) store_tile(s.dstate + q.at(t0 + t) * s.dim * s.states, g, s, at, slice);
-      end_sequence(g, q, t0 + t, s, at, slice);
-    }
+    end = begin;
   }
 }
 
@@ -158,8 +174,8 @@ __device__ __forceinline__ void sum_channels(const Shared& m, const Place& at, f
 
 // S1 = <B, g> and S2 = <A, r>, summed over the 4 lanes that share their channels, and after the last slice what is made of
 // them. Lane i takes channels 4 i of the block.
-__device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, const Place& at, int64_t t0, int tokens, int slice,
-                                           int slices, Vec<4>& dD, Vec<4>& dbias, bool vectorised) {
+__device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, const Workspace& w, const Place& at,
+                                           int64_t t0, int tokens, int slice, Vec<4>& dD, Vec<4>& dbias) {
   const int64_t channel = at.first + 4 * at.lane, count = at.channels - 4 * at.lane;
 #pragma unroll 1
   for (int t = at.warp; t < tokens; t += kWarps) {
@@ -170,17 +186,17 @@ __device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, co
 #pragma unroll
       for (int c = 0; c < 4; ++c) S[i / 4][c] += x[c];
     }
-    for (int i = 0; slices > 1 && i < 2; ++i) {
+    for (int i = 0; w.slices > 1 && i < 2; ++i) {
       float* const kept = m.sums[i][t] + 4 * at.lane;
       const Vec<4> before = slice ? load_vec<4>(kept) : Vec<4>{};
 #pragma unroll
       for (int c = 0; c < 4; ++c) S[i][c] += before[c];
       store_vec<4>(kept, S[i]);
     }
-    if (slice + 1 < slices) continue;
+    if (slice + 1 < w.slices) continue;
     const auto row = [&](const View& x) { return at.row * x.stride[0] + (t0 + t) * x.stride[1] + channel; };
     const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.lane), dv = load_vec<4>(m.dv[t] + 4 * at.lane);
-    const Vec<4> u = load_vec<4>(s.u, row(s.u), vectorised, count), D = load_vec<4>(m.D + 4 * at.lane);
+    const Vec<4> u = load_vec<4>(s.u, row(s.u), w.vectorised, count), D = load_vec<4>(m.D + 4 * at.lane);
     Vec<4> du, ddt;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -190,15 +206,15 @@ __device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, co
       dD[c] = fmaf(dv[c], u[c], dD[c]);
       dbias[c] += ddt[c];
     }
-    store_vec<4>(s.du, row(s.du), du, vectorised, count);
-    store_vec<4>(s.ddt, row(s.ddt), ddt, vectorised, count);
+    store_vec<4>(s.du, row(s.du), du, w.vectorised, count);
+    store_vec<4>(s.ddt, row(s.ddt), ddt, w.vectorised, count);
     if (!s.z) continue;
-    const Vec<4> z = load_vec<4>(s.z, row(s.z), vectorised, count), v = load_vec<4>(m.v[t] + 4 * at.lane);
+    const Vec<4> z = load_vec<4>(s.z, row(s.z), w.vectorised, count), v = load_vec<4>(m.v[t] + 4 * at.lane);
     Vec<4> dz{};
-    if (s.dy) dz = load_vec<4>(s.dy, row(s.dy), vectorised, count);
+    if (s.dy) dz = load_vec<4>(s.dy, row(s.dy), w.vectorised, count);
 #pragma unroll
     for (int c = 0; c < 4; ++c) dz[c] *= silu_grad(z[c]) * fmaf(D[c], u[c], v[c]);
-    store_vec<4>(s.dz, row(s.dz), dz, vectorised, count);
+    store_vec<4>(s.dz, row(s.dz), dz, w.vectorised, count);
   }
 }
 

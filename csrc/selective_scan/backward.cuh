@@ -95,20 +95,62 @@ struct Sequences {
   }
 };
 
+// Elements as they lie in memory: a load is not waited for before its bits become floats.
+__device__ __forceinline__ unsigned load_bits(const View& x, int64_t i) {
+  return x.type == DType::f32 ? static_cast<const unsigned*>(x.data)[i] : static_cast<const unsigned short*>(x.data)[i];
+}
+__device__ __forceinline__ float as_float(unsigned bits, DType type) {
+  if (type == DType::f32) return __uint_as_float(bits);
+  if (type == DType::bf16) return __uint_as_float(bits << 16);
+  const unsigned short half = static_cast<unsigned short>(bits);
+  return load(reinterpret_cast<const __half*>(&half));
+}
+
+// Four neighbours; those beyond `count`, and all of an absent tensor, are zero. 16-bit elements lie in x and y.
+struct Quad {
+  unsigned x, y, z, w;
+};
+__device__ __forceinline__ Quad load_quad(const View& v, int64_t i, bool vectorised, int count) {
+  if (!v || count <= 0) return {};
+  if (v.type == DType::f32) {
+    const unsigned* const p = static_cast<const unsigned*>(v.data) + i;
+    if (!vectorised) return {p[0], count > 1 ? p[1] : 0, count > 2 ? p[2] : 0, count > 3 ? p[3] : 0};
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    return {bits.x, bits.y, bits.z, bits.w};
+  }
+  const unsigned short* const p = static_cast<const unsigned short*>(v.data) + i;
+  if (vectorised) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(p);
+    return {bits.x, bits.y, 0, 0};
+  }
+  const unsigned p1 = count > 1 ? p[1] : 0, p2 = count > 2 ? p[2] : 0, p3 = count > 3 ? p[3] : 0;
+  return {p[0] | p1 << 16, p2 | p3 << 16, 0, 0};
+}
+__device__ __forceinline__ Vec<4> floats(const Quad& q, DType type) {
+  if (type == DType::f32) return {{__uint_as_float(q.x), __uint_as_float(q.y), __uint_as_float(q.z), __uint_as_float(q.w)}};
+  return {{as_float(q.x & 0xffff, type), as_float(q.x >> 16, type), as_float(q.y & 0xffff, type), as_float(q.y >> 16, type)}};
+}
+
 // The thread's part of x [D, N]; zeros where x is null.
 __device__ __forceinline__ void load_tile(float (&to)[4][4], const float* x, const SelectiveScan& s, const Place& at, int slice) {
-  const int64_t n = slice * kSlice + 4 * at.sl, channel = at.first + 4 * at.quad;
+  const int64_t n = slice * kSlice + 4 * at.sl;
+  const int channels = x ? at.channels - 4 * at.quad : 0, states = s.states - n < 4 ? int(s.states - n) : 4;
+  const float* p = x + (at.first + 4 * at.quad) * s.states + n;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const bool exists = x && 4 * at.quad + i / 4 < at.channels && n + i % 4 < s.states;
-    to[i / 4][i % 4] = exists ? x[(channel + i / 4) * s.states + n + i % 4] : 0.f;
+  for (int c = 0; c < 4; ++c, p += s.states) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[c][i] = c < channels && i < states ? p[i] : 0.f;
   }
 }
 __device__ __forceinline__ void store_tile(float* x, const float (&from)[4][4], const SelectiveScan& s, const Place& at, int slice) {
-  const int64_t n = slice * kSlice + 4 * at.sl, channel = at.first + 4 * at.quad;
+  const int64_t n = slice * kSlice + 4 * at.sl;
+  const int channels = at.channels - 4 * at.quad, states = s.states - n < 4 ? int(s.states - n) : 4;
+  float* p = x + (at.first + 4 * at.quad) * s.states + n;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (4 * at.quad + i / 4 < at.channels && n + i % 4 < s.states) x[(channel + i / 4) * s.states + n + i % 4] = from[i / 4][i % 4];
+  for (int c = 0; c < 4; ++c, p += s.states) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (c < channels && i < states) p[i] = from[c][i];
   }
 }
 __device__ __forceinline__ void load_decay(float (&A)[4][4], const SelectiveScan& s, const Place& at, int slice) {

@@ -15,14 +15,17 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_backward_carry_ker
   bool cut = at.end == s.time || q.starts(at.end);
   if (cut) load_end(g, q, at.end, s, at, slice);
   load_decay(A, s, at, slice);
-  stage_weights(m, s, at);
+  const Weights weights(s, at);
 #pragma unroll 1
   for (int64_t t0 = at.begin + (at.end - at.begin - 1) / kSpan * kSpan; t0 >= at.begin; t0 -= kSpan) {
     const int tokens = int(at.end - t0 < kSpan ? at.end - t0 : kSpan);
     const unsigned starts = q.starts(t0, tokens, at.lane);
+    Inputs in;
+    load_channels(in, s, w, at, t0, tokens, true);
+    load_shared(in, s, at, t0, tokens, slice);
     __syncthreads();   // all have read the span behind
-    stage_channels(m, s, w, at, t0, tokens, true);
-    stage_shared(m, s, at, t0, tokens, slice);
+    stage_channels(m, in, weights, s, at, true);
+    stage_shared(m, in, s);
     __syncthreads();
 #pragma unroll 1
     for (int t = tokens - 1; t >= 0; --t) {

@@ -13,7 +13,7 @@ namespace pyseq {
 namespace {
 
 // (i) of a chunk: keeps the state before each span but the first.
-__device__ __forceinline__ void keep_spans(const float (&A_0)[4][4], Shared& m, const SelectiveScan& s, const Workspace& w,
+__device__ __forceinline__ void keep_spans(const float (&A_0)[4][4], Shared& m, const Weights& weights, const SelectiveScan& s, const Workspace& w,
                                            const Place& at, const Sequences& q, int64_t from, int64_t end, float* kept) {
   float A[4][4], h[4][4];
   for (int i = 0; i < 16; ++i) A[i / 4][i % 4] = A_0[i / 4][i % 4];
@@ -24,14 +24,17 @@ __device__ __forceinline__ void keep_spans(const float (&A_0)[4][4], Shared& m, 
     const unsigned starts = q.starts(t0, kSpan, at.lane);
 #pragma unroll 1
     for (int slice = 0; slice < slices; ++slice) {
-      __syncthreads();   // all have read what the span before left
-      if (slice == 0) stage_channels(m, s, w, at, t0, kSpan, false);
-      stage_shared(m, s, at, t0, kSpan, slice);
-      __syncthreads();
       float* const mine = kept + slice * held * kTile;
+      Inputs in;
+      if (slice == 0) load_channels(in, s, w, at, t0, kSpan, false);
+      load_shared(in, s, at, t0, kSpan, slice);
       if (slices > 1) load_decay(A, s, at, slice);
       if (span == 0) load_checkpoint(h, s, at, from, slice);
       else if (slices > 1) load_own(h, mine + (span - 1) * kTile);
+      __syncthreads();   // all have read what the span before left
+      if (slice == 0) stage_channels(m, in, weights, s, at, false);
+      stage_shared(m, in, s);
+      __syncthreads();
       walk_forward<false>(h, A, m, s, at, q, t0, kSpan, starts, slice);
       store_own(mine + span * kTile, h);
     }
@@ -49,8 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2) selective_scan_backward_kernel(Se
   if (q.invalid()) return fill_nan(s, w, at, slab);
   float* const kept = w.kept + blockIdx.x * w.slices * held * kTile;
   float A[4][4], g[4][4], dA[4][4] = {};
-  Vec<4> dD{}, dbias{};
-  stage_weights(m, s, at);
+  Weights weights(s, at);
 #pragma unroll 1
   for (int slice = slices - 1; slice >= 0; --slice) {   // g: exp(delta A) g of the token behind
     load_decay(A, s, at, slice);
@@ -63,18 +65,16 @@ __global__ void __launch_bounds__(kThreads, 2) selective_scan_backward_kernel(Se
 #pragma unroll 1
   for (int64_t from = (at.end + kChunk - 1) / kChunk * kChunk - kChunk; from >= at.begin; from -= kChunk) {
     const int64_t end = from + kChunk < at.end ? from + kChunk : at.end;
-    keep_spans(A, m, s, w, at, q, from, end, kept);
+    keep_spans(A, m, weights, s, w, at, q, from, end, kept);
 #pragma unroll 1
     for (int span = int(end - from - 1) / kSpan; span >= 0; --span) {
       const int64_t t0 = from + span * kSpan;
       const int tokens = int(end - t0 < kSpan ? end - t0 : kSpan);
       const unsigned starts = q.starts(t0, tokens, at.lane);
+      Inputs in;
+      load_channels(in, s, w, at, t0, tokens, true);
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
-        __syncthreads();   // all have read what the span before left
-        if (slice == 0) stage_channels(m, s, w, at, t0, tokens, true);
-        stage_shared(m, s, at, t0, tokens, slice);
-        __syncthreads();
         float* const mine = kept + slice * held * kTile;
         if (slices > 1) {
           load_decay(A, s, at, slice);
@@ -83,12 +83,17 @@ __global__ void __launch_bounds__(kThreads, 2) selective_scan_backward_kernel(Se
         float h[4][4];
         if (span == 0) load_checkpoint(h, s, at, from, slice);
         else load_own(h, mine + (span - 1) * kTile);
+        load_shared(in, s, at, t0, tokens, slice);
+        __syncthreads();   // all have read what the span before left
+        if (slice == 0) stage_channels(m, in, weights, s, at, true);
+        stage_shared(m, in, s);
+        __syncthreads();
         walk_forward<true>(h, A, m, s, at, q, t0, tokens, starts, slice);
         walk_back<gated>(g, dA, A, m, s, at, q, t0, tokens, starts, slice);
         if (slices > 1) store_own(mine + kKept * kTile, g), store_own(mine + (kKept + 1) * kTile, dA);
         __syncthreads();   // the sums of every thread are there
         sum_channels(m, at, slab, width, t0, tokens, slice);
-        sum_states(m, s, w, at, t0, tokens, slice, dD, dbias);
+        sum_states(m, in, weights, s, w, at, t0, tokens, slice);
       }
     }
   }
@@ -97,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2) selective_scan_backward_kernel(Se
     if (slices > 1) load_own(dA, kept + (slice * held + kKept + 1) * kTile);
     store_tile(w.dA + row * s.dim * s.states, dA, s, at, slice);
   }
-  sum_weights(m, s, w, at, row, dD, dbias);
+  sum_weights(m, weights, s, w, at);
 }
 
 }  // namespace

@@ -10,58 +10,91 @@ constexpr float kLn2 = 0.693147181f;
 struct Shared {
   float delta[kSpan][kBlock], du[kSpan][kBlock], dv[kSpan][kBlock];   // du: delta u
   float B[kSpan][kSlice], C[kSpan][kSlice];
-  float D[kBlock], bias[kBlock];
   float p[kSpan][4][kThreads][4];   // [token, channel, thread, state]; step_back puts S1, S2, dB, dC in the place of p
   float v[kSpan][kBlock];           // <C, h>; with z
   float sums[2][kSpan][kBlock];     // S1 and S2 of the slices so far; more than one slice
 };
 
-__device__ __forceinline__ void stage_weights(Shared& m, const SelectiveScan& s, const Place& at) {
-  const int i = threadIdx.x;
-  m.D[i] = s.D && i < at.channels ? s.D[at.first + i] : 0.f;
-  m.bias[i] = s.dt_bias && i < at.channels ? s.dt_bias[at.first + i] : 0.f;
-  __syncthreads();
-}
+// A thread brings in channels 4 lane + {0..3} of every fourth token, and later turns their sums into gradients.
+constexpr int kRounds = kSpan / kWarps;
 
-// delta, delta u and, on the way back, dv of the tokens [t0, t0 + tokens).
-__device__ __forceinline__ void stage_channels(Shared& m, const SelectiveScan& s, const Workspace& w,
-                                               const Place& at, int64_t t0, int tokens, bool back) {
-  const int64_t channel = at.first + 4 * at.lane, count = at.channels - 4 * at.lane;
-  const Vec<4> bias = load_vec<4>(m.bias + 4 * at.lane);
-#pragma unroll
-  for (int t = at.warp; t < kSpan; t += kWarps) {
-    if (t >= tokens) break;
-    const auto row = [&](const View& x) { return at.row * x.stride[0] + (t0 + t) * x.stride[1] + channel; };
-    Vec<4> delta = load_vec<4>(s.dt, row(s.dt), w.vectorised, count), du = load_vec<4>(s.u, row(s.u), w.vectorised, count);
+struct Inputs {
+  Quad dt[kRounds], u[kRounds], z[kRounds], dy[kRounds];
+  unsigned B, C;
+};
+
+struct Weights {
+  Vec<4> D, bias, dD, dbias;
+
+  __device__ Weights(const SelectiveScan& s, const Place& at) : dD{}, dbias{} {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      delta[c] += bias[c];
+      const bool exists = 4 * at.lane + c < at.channels;
+      D[c] = s.D && exists ? s.D[at.first + 4 * at.lane + c] : 0.f;
+      bias[c] = s.dt_bias && exists ? s.dt_bias[at.first + 4 * at.lane + c] : 0.f;
+    }
+  }
+};
+
+__device__ __forceinline__ int64_t offset(const View& x, const Place& at, int64_t t) {
+  return at.row * x.stride[0] + t * x.stride[1] + at.first + 4 * at.lane;
+}
+
+// Nothing waits for these loads before stage_channels and stage_shared use them.
+__device__ __forceinline__ void load_channels(Inputs& in, const SelectiveScan& s, const Workspace& w, const Place& at,
+                                              int64_t t0, int tokens, bool back) {
+#pragma unroll
+  for (int k = 0; k < kRounds; ++k) {
+    const int t = at.warp + k * kWarps, count = t < tokens ? at.channels - 4 * at.lane : 0;
+    const auto quad = [&](const View& x) { return load_quad(x, offset(x, at, t0 + t), w.vectorised, count); };
+    in.dt[k] = quad(s.dt);
+    in.u[k] = quad(s.u);
+    if (!back) continue;
+    in.z[k] = quad(s.z);
+    in.dy[k] = quad(s.dy);
+  }
+}
+__device__ __forceinline__ void load_shared(Inputs& in, const SelectiveScan& s, const Place& at, int64_t t0, int tokens,
+                                            int slice) {
+  const int t = threadIdx.x / kSlice;
+  const int64_t n = slice * kSlice + threadIdx.x % kSlice;
+  const auto element = [&](const View& x) {
+    const int64_t i = at.row * x.stride[0] + (t0 + t) * x.stride[1] + at.group * x.stride[2] + n;
+    return t < tokens && n < s.states ? load_bits(x, i) : 0u;
+  };
+  in.B = element(s.B);
+  in.C = element(s.C);
+}
+
+// delta, delta u and, on the way back, dv = dy silu(z).
+__device__ __forceinline__ void stage_channels(Shared& m, const Inputs& in, const Weights& weights, const SelectiveScan& s,
+                                               const Place& at, bool back) {
+#pragma unroll
+  for (int k = 0; k < kRounds; ++k) {
+    const int t = at.warp + k * kWarps;
+    Vec<4> delta = floats(in.dt[k], s.dt.type), du = floats(in.u[k], s.u.type);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      delta[c] += weights.bias[c];
       if (s.dt_softplus) delta[c] = softplus(delta[c]);
       du[c] *= delta[c];
     }
     store_vec<4>(m.delta[t] + 4 * at.lane, delta);
     store_vec<4>(m.du[t] + 4 * at.lane, du);
     if (!back) continue;
-    Vec<4> dv{};
-    if (s.dy) dv = load_vec<4>(s.dy, row(s.dy), w.vectorised, count);
+    Vec<4> dv = floats(in.dy[k], s.dy.type);
     if (s.z) {
-      const Vec<4> z = load_vec<4>(s.z, row(s.z), w.vectorised, count);
+      const Vec<4> z = floats(in.z[k], s.z.type);
 #pragma unroll
       for (int c = 0; c < 4; ++c) dv[c] *= silu(z[c]);
     }
     store_vec<4>(m.dv[t] + 4 * at.lane, dv);
   }
 }
-
-__device__ __forceinline__ void stage_shared(Shared& m, const SelectiveScan& s, const Place& at, int64_t t0, int tokens, int slice) {
-  const int t = threadIdx.x / kSlice, i = threadIdx.x % kSlice;
-  const int64_t n = slice * kSlice + i;
-  const auto value = [&](const View& x) {
-    const int64_t offset = at.row * x.stride[0] + (t0 + t) * x.stride[1] + at.group * x.stride[2] + n;
-    return t < tokens && n < s.states ? load(x, offset) : 0.f;
-  };
-  m.B[t][i] = value(s.B);
-  m.C[t][i] = value(s.C);
+__device__ __forceinline__ void stage_shared(Shared& m, const Inputs& in, const SelectiveScan& s) {
+  const int t = threadIdx.x / kSlice, n = threadIdx.x % kSlice;
+  m.B[t][n] = as_float(in.B, s.B.type);
+  m.C[t][n] = as_float(in.C, s.C.type);
 }
 
 // h through the tokens of a span, from one start of a sequence to the next. A is pre-scaled by log2 e.
@@ -173,12 +206,14 @@ __device__ __forceinline__ void sum_channels(const Shared& m, const Place& at, f
 }
 
 // S1 = <B, g> and S2 = <A, r>, summed over the 4 lanes that share their channels, and after the last slice what is made of
-// them. Lane i takes channels 4 i of the block.
-__device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, const Workspace& w, const Place& at,
-                                           int64_t t0, int tokens, int slice, Vec<4>& dD, Vec<4>& dbias) {
-  const int64_t channel = at.first + 4 * at.lane, count = at.channels - 4 * at.lane;
-#pragma unroll 1
-  for (int t = at.warp; t < tokens; t += kWarps) {
+// them.
+__device__ __forceinline__ void sum_states(Shared& m, const Inputs& in, Weights& weights, const SelectiveScan& s,
+                                           const Workspace& w, const Place& at, int64_t t0, int tokens, int slice) {
+  const int count = at.channels - 4 * at.lane;
+#pragma unroll
+  for (int k = 0; k < kRounds; ++k) {
+    const int t = at.warp + k * kWarps;
+    if (t >= tokens) break;
     Vec<4> S[2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -186,6 +221,7 @@ __device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, co
 #pragma unroll
       for (int c = 0; c < 4; ++c) S[i / 4][c] += x[c];
     }
+#pragma unroll
     for (int i = 0; w.slices > 1 && i < 2; ++i) {
       float* const kept = m.sums[i][t] + 4 * at.lane;
       const Vec<4> before = slice ? load_vec<4>(kept) : Vec<4>{};
@@ -194,43 +230,42 @@ __device__ __forceinline__ void sum_states(Shared& m, const SelectiveScan& s, co
       store_vec<4>(kept, S[i]);
     }
     if (slice + 1 < w.slices) continue;
-    const auto row = [&](const View& x) { return at.row * x.stride[0] + (t0 + t) * x.stride[1] + channel; };
     const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.lane), dv = load_vec<4>(m.dv[t] + 4 * at.lane);
-    const Vec<4> u = load_vec<4>(s.u, row(s.u), w.vectorised, count), D = load_vec<4>(m.D + 4 * at.lane);
+    const Vec<4> u = floats(in.u[k], s.u.type);
     Vec<4> du, ddt;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      du[c] = fmaf(delta[c], S[0][c], D[c] * dv[c]);
+      du[c] = fmaf(delta[c], S[0][c], weights.D[c] * dv[c]);
       ddt[c] = fmaf(u[c], S[0][c], kLn2 * S[1][c]);   // A carries log2 e
       if (s.dt_softplus) ddt[c] *= softplus_grad(delta[c]);
-      dD[c] = fmaf(dv[c], u[c], dD[c]);
-      dbias[c] += ddt[c];
+      weights.dD[c] = fmaf(dv[c], u[c], weights.dD[c]);
+      weights.dbias[c] += ddt[c];
     }
-    store_vec<4>(s.du, row(s.du), du, w.vectorised, count);
-    store_vec<4>(s.ddt, row(s.ddt), ddt, w.vectorised, count);
+    store_vec<4>(s.du, offset(s.du, at, t0 + t), du, w.vectorised, count);
+    store_vec<4>(s.ddt, offset(s.ddt, at, t0 + t), ddt, w.vectorised, count);
     if (!s.z) continue;
-    const Vec<4> z = load_vec<4>(s.z, row(s.z), w.vectorised, count), v = load_vec<4>(m.v[t] + 4 * at.lane);
-    Vec<4> dz{};
-    if (s.dy) dz = load_vec<4>(s.dy, row(s.dy), w.vectorised, count);
+    const Vec<4> z = floats(in.z[k], s.z.type), v = load_vec<4>(m.v[t] + 4 * at.lane);
+    Vec<4> dz = floats(in.dy[k], s.dy.type);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) dz[c] *= silu_grad(z[c]) * fmaf(D[c], u[c], v[c]);
-    store_vec<4>(s.dz, row(s.dz), dz, w.vectorised, count);
+    for (int c = 0; c < 4; ++c) dz[c] *= silu_grad(z[c]) * fmaf(weights.D[c], u[c], v[c]);
+    store_vec<4>(s.dz, offset(s.dz, at, t0 + t), dz, w.vectorised, count);
   }
 }
 
 // What each warp has of the sums over tokens, added up.
-__device__ __forceinline__ void sum_weights(Shared& m, const SelectiveScan& s, const Workspace& w, const Place& at, int64_t row,
-                                            const Vec<4>& dD, const Vec<4>& dbias) {
+__device__ __forceinline__ void sum_weights(Shared& m, const Weights& weights, const SelectiveScan& s, const Workspace& w,
+                                            const Place& at) {
   __syncthreads();   // the last span is read
-  store_vec<4>(m.delta[at.warp] + 4 * at.lane, dD);
-  store_vec<4>(m.du[at.warp] + 4 * at.lane, dbias);
+  store_vec<4>(m.delta[at.warp] + 4 * at.lane, weights.dD);
+  store_vec<4>(m.du[at.warp] + 4 * at.lane, weights.dbias);
   __syncthreads();
   const int i = threadIdx.x;
   if (i >= at.channels) return;
-  float sum_D = 0.f, sum_bias = 0.f;
-  for (int warp = 0; warp < kWarps; ++warp) sum_D += m.delta[warp][i], sum_bias += m.du[warp][i];
-  w.dD[row * s.dim + at.first + i] = sum_D;
-  w.dbias[row * s.dim + at.first + i] = sum_bias;
+  float dD = 0.f, dbias = 0.f;
+  for (int warp = 0; warp < kWarps; ++warp) dD += m.delta[warp][i], dbias += m.du[warp][i];
+  const int64_t to = (at.row * w.segments + at.segment) * s.dim + at.first + i;
+  w.dD[to] = dD;
+  w.dbias[to] = dbias;
 }
 
 }  // namespace

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import pyseq
-from pyseq import testing
-from pyseq.testing import assert_close, gradients, prepare
+from pyseq import _library, testing
+from pyseq.testing import assert_close, gradients, on, prepare
+
+BACKENDS = testing.backends(_library.REGISTRY["selective_scan"])
+on_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def wave(offset, *shape):
@@ -35,8 +38,9 @@ def exact(arguments):
     return outputs, grads
 
 
-def check(arguments):
-    outputs, grads = gradients(pyseq.selective_scan, prepare(arguments, "cpu", requires_grad=True))
+def check(arguments, backend="cpu"):
+    with on(backend) as device:
+        outputs, grads = gradients(pyseq.selective_scan, prepare(arguments, device, requires_grad=True))
     exact_outputs, exact_grads = exact(arguments)
     for k, (y, e) in enumerate(zip(outputs, exact_outputs, strict=True)):
         assert_close(y, e, f"output {k}")
@@ -67,52 +71,167 @@ def test_golden_values(dtype, atol):
     torch.testing.assert_close(vectors, golden, atol=2 * atol, rtol=0)
 
 
-@pytest.mark.parametrize("states", [1, 3, 8, 16, 17, 40])
+@on_backends
+@pytest.mark.parametrize("states", [1, 3, 4, 8, 16, 17, 32, 40, 64, 100])
 @pytest.mark.parametrize(("dim", "groups"), [(5, None), (33, 1), (34, 2), (20, 20)])
-def test_ragged_widths_and_groups(states, dim, groups):
-    check(drawn(2, 9, dim, states, groups))
+def test_ragged_widths_and_groups(states, dim, groups, backend):
+    check(drawn(2, 9, dim, states, groups), backend)
 
 
-def test_more_channels_than_one_block_of_the_backward():
-    check(drawn(2, 130, 290, 3, 2))
+@on_backends
+def test_more_channels_than_one_block_of_the_backward(backend):
+    check(drawn(1, 70, 290, 3, 2), backend)
 
 
+# Around the tokens that a kernel brings in at once, the chunks of checkpoints, and the 256 tokens from which on a GPU's
+# kernels cut rows in time where rows and channels are few.
+@on_backends
+@pytest.mark.parametrize("time", [15, 16, 17, 63, 64, 65, 513, 800])
+def test_pieces_of_time_join(time, backend):
+    check(drawn(2, time, 6, 7), backend)
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="the emulator was not built")
+@pytest.mark.parametrize(("time", "states", "cut"), [(511, 4, False), (512, 4, True), (520, 70, True)])
+def test_few_rows_and_channels_are_cut_in_time(time, states, cut):
+    arguments = drawn(1, time, 5, states) | {"state": None}
+    _library._simt.reset()
+    with on("simt"):
+        pyseq.selective_scan(**arguments)
+        assert ("selective_scan_carry_kernel" in _library._simt.launches()) == cut
+
+
+def packed(ends, dim=6, states=5, seed=0):
+    arguments = drawn(1, ends[-1], dim, states, seed=seed) | {"cu_seqlens": torch.tensor(ends)}
+    return arguments | {"state": torch.randn(len(ends) - 1, dim, states, generator=torch.Generator().manual_seed(seed))}
+
+
+@on_backends
+@pytest.mark.parametrize("ends", [
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 7, 7, 16, 16, 17, 31, 33, 33], [0, 63, 64, 65, 65, 128, 129],
+    [0, 64, 128, 192], [0, 100, 320, 320, 321, 515, 515], [0, 0, 257, 520],
+])
+def test_sequences_begin_anywhere(ends, backend):
+    check(packed(ends), backend)
+
+
+@on_backends
+def test_sequences_begin_anywhere_with_more_states_than_registers_hold(backend):
+    check(packed([0, 3, 3, 16, 64, 65], states=66), backend)
+    check(packed([0, 300, 513], dim=2, states=66), backend)
+
+
+@on_backends
+@pytest.mark.parametrize("ends", [[0, 20, 20, 41], [0, 300, 512]])
+def test_growing_sequences_are_packed(ends, backend):
+    arguments = packed(ends)
+    arguments["A"] = arguments["A"].abs().clamp(0, 1)
+    arguments["dt"] = arguments["dt"] - 4 * (ends[-1] > 100)
+    check(arguments, backend)
+
+
+@on_backends
+@pytest.mark.parametrize("ends", [[0, 100, 141], [0, 300, 600]])
+def test_an_overflow_stays_in_its_sequence(ends, backend):
+    arguments = packed(ends)
+    arguments["A"] = 2 + arguments["A"].abs()
+    arguments["dt"] += torch.where(torch.arange(ends[-1]) < ends[1], 6, -6)[:, None]
+    with on(backend) as device:
+        y, state = pyseq.selective_scan(**prepare(arguments, device, requires_grad=False))
+    assert not state[0].isfinite().any()
+    alone = {n: arguments[n][:, ends[1] :] for n in ("u", "dt", "B", "C", "z")}
+    alone |= {"cu_seqlens": None, "state": arguments["state"][1:]}
+    exact_y, exact_state = (t.detach() for t in exact(arguments | alone)[0])
+    assert_close(y[:, ends[1] :], exact_y, "y")
+    assert_close(state[1:], exact_state, "state")
+
+
+@on_backends
+@pytest.mark.parametrize("time", [40, 530])
+def test_dtypes_mix_on_every_backend(time, backend):
+    arguments = drawn(1, time, 9, 6, 3)
+    for k, name in enumerate(("u", "dt", "B", "C", "z", "A", "D")):
+        arguments[name] = arguments[name].to(testing.DTYPES[(k + 1) % 3])
+    check(arguments, backend)
+
+
+@on_backends
+def test_the_checkpoints_are_the_states_of_the_sequence_that_goes_on(backend):
+    if backend == "cpu":   # there they lie in another order
+        return
+    arguments = packed([0, 30, 64, 150, 200]) | {"return_state": False}
+    names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "state", "cu_seqlens", "dt_softplus")
+    with on(backend) as device:
+        given = prepare(arguments, device, requires_grad=False)
+        kept = pyseq.ops.selective_scan._OP.active.forward(*(given[n] for n in names), False, True)[2]
+    assert torch.equal(kept[0, 0].cpu(), arguments["state"][2])
+    until = {n: arguments[n][:, 64:128] for n in ("u", "dt", "B", "C", "z")}
+    alone = arguments | until | {"cu_seqlens": None, "state": arguments["state"][2:3], "return_state": True}
+    assert_close(kept[0, 1], pyseq.reference.selective_scan(**alone)[1][0].double(), "checkpoint")
+
+
+@on_backends
+@pytest.mark.parametrize("ends", [[0, 5, 4], [1, 2, 4], [0, 2, 3], [0, -1, 4], [0, 1 << 40, 4], [-9, 9, 4]])
+@pytest.mark.parametrize("time", [4, 600])
+def test_bad_offsets_that_nobody_saw_give_nan(time, ends, backend):
+    arguments = drawn(1, time, 6, 3)
+    ends = torch.tensor([*ends[:-1], time if ends[-1] == 4 else ends[-1]])
+    if time == 600 and ends[1] == 5:
+        ends[1] = 700
+    kernels = _library.REGISTRY["selective_scan"].kernels["pyseq_simt" if backend == "simt" else "pyseq"]
+    tensors = [arguments[n] for n in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    state = torch.zeros(len(ends) - 1, 6, 3)
+    with on(backend) as device:
+        *tensors, state, ends = (t.to(device) for t in (*tensors, state, ends))
+        y, last, kept = kernels.forward(*tensors, state, ends, True, True, True)
+        found = kernels.backward(y, last, *tensors, state, ends, kept, True)
+    assert all(t.isnan().all() for t in (y, last, kept, *found))
+
+
+@on_backends
 @pytest.mark.parametrize("dt", [-40.0, -15.0, 19.0, 21.0, 100.0])
-def test_huge_and_tiny_steps(dt):
+def test_huge_and_tiny_steps(dt, backend):
     arguments = drawn(1, 70, 17, 16)
     arguments["dt"] = dt + arguments["dt"]
-    check(arguments)
+    check(arguments, backend)
 
 
+@pytest.mark.parametrize("namespace", ["pyseq", *(["pyseq_simt"] if "simt" in BACKENDS else [])])
 @pytest.mark.parametrize(("batch", "time", "dim"), [(0, 5, 3), (2, 0, 3), (1, 70, 0), (2, 5, 0), (0, 0, 0)])
-def test_an_axis_of_size_zero_runs_forward_and_backward(batch, time, dim):
+def test_an_axis_of_size_zero_runs_forward_and_backward(batch, time, dim, namespace):
     arguments = drawn(batch, time, dim)
-    outputs, grads = gradients(pyseq.selective_scan, prepare(arguments, "cpu", requires_grad=True))
+    with _library.use_namespace(namespace):   # not on(): with no channel nothing is launched
+        outputs, grads = gradients(pyseq.selective_scan, prepare(arguments, "cpu", requires_grad=True))
     exact_outputs, exact_grads = exact(arguments)
     for a, b in zip((*outputs, *grads.values()), (*exact_outputs, *exact_grads.values()), strict=True):
         assert a.shape == b.shape and torch.equal(a.double(), b)
     rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C", "z")} if time else {}
     if rows:
-        y = pyseq.selective_scan_step(arguments["state"], A=arguments["A"], **rows)
+        with _library.use_namespace(namespace):
+            y = pyseq.selective_scan_step(arguments["state"], A=arguments["A"], **rows)
         assert y.shape == (batch, dim)
 
 
-def test_decay_to_nothing_and_none_at_all():
+@on_backends
+def test_decay_to_nothing_and_none_at_all(backend):
     arguments = drawn(1, 70, 4, 4)
     arguments["A"] = torch.tensor([-1e4, -100.0, -1e-6, 0.0]).repeat(4, 1)
-    check(arguments)
+    check(arguments, backend)
 
 
-def test_growth_is_not_clamped():
+@on_backends
+def test_growth_is_not_clamped(backend):
     arguments = drawn(1, 40, 4, 4)
     arguments["A"] = -arguments["A"].clamp(-0.3, 0)
-    check(arguments)
+    check(arguments, backend)
 
 
-def test_a_step_of_zero_leaves_the_state_bit_for_bit():
+@on_backends
+def test_a_step_of_zero_leaves_the_state_bit_for_bit(backend):
     arguments = drawn(2, 9, 21, 5)
     arguments |= {"dt": torch.zeros(2, 9, 21), "dt_bias": None, "dt_softplus": False}
-    _, state = pyseq.selective_scan(**arguments)
+    with on(backend) as device:
+        state = pyseq.selective_scan(**prepare(arguments, device, requires_grad=False))[1].cpu()
     assert torch.equal(state, arguments["state"])
 
 
@@ -146,25 +265,38 @@ def test_a_cut_anywhere_changes_no_bit(cut):
     assert torch.equal(torch.cat([first, second], 1), whole) and torch.equal(state, last)
 
 
-@pytest.mark.parametrize(("states", "dim"), [(16, 100), (5, 3), (40, 33)])
-def test_a_bfloat16_state_is_rounded_once(states, dim):
+@on_backends
+@pytest.mark.parametrize(("states", "dim"), [(16, 100), (5, 3), (8, 16), (40, 33), (100, 9)])
+def test_a_bfloat16_state_is_rounded_once(states, dim, backend):
     arguments = drawn(3, 1, dim, states)
     arguments["state"] = arguments["state"].bfloat16()
-    rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
-    options = {n: arguments[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
-    state = arguments["state"].clone()
-    y = pyseq.selective_scan_step(state, **rows, **options)
-    whole, last = pyseq.selective_scan(**(arguments | {"state": arguments["state"].float()}))
-    assert torch.equal(y, whole[:, 0]) and torch.equal(state, last.bfloat16())
+    with on(backend) as device:
+        given = prepare(arguments, device, requires_grad=False)
+        rows = {n: given[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
+        options = {n: given[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
+        state = given["state"].clone()
+        y = pyseq.selective_scan_step(state, **rows, **options)
+        whole, last = pyseq.selective_scan(**(given | {"state": given["state"].float()}))
+    if backend == "cpu":
+        assert torch.equal(y, whole[:, 0]) and torch.equal(state, last.bfloat16())
+    else:
+        assert_close(y, whole[:, 0].double(), "y")
+        assert_close(state, last.double(), "state")
 
 
-def test_a_state_with_strides_is_updated_where_it_lies():
+@on_backends
+def test_a_state_with_strides_is_updated_where_it_lies(backend):
     arguments = drawn(2, 1, 6, 4)
-    wide = torch.full((2, 6, 8), float("nan"))
-    wide[..., ::2] = arguments["state"]
-    rows = {n: arguments[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
-    pyseq.selective_scan_step(wide[..., ::2], **rows, **{n: arguments[n] for n in ("A", "D", "dt_bias", "dt_softplus")})
-    assert torch.equal(wide[..., ::2], pyseq.selective_scan(**arguments)[1]) and wide[..., 1::2].isnan().all()
+    for columns in (slice(None, None, 2), slice(1, 5)):
+        wide = torch.full((2, 6, 8), float("nan"))
+        wide[..., columns] = arguments["state"]
+        with on(backend) as device:
+            given, wide = prepare(arguments, device, requires_grad=False), wide.to(device)
+            rows = {n: given[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
+            options = {n: given[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
+            pyseq.selective_scan_step(wide[..., columns], **rows, **options)
+            assert_close(wide[..., columns], pyseq.selective_scan(**given)[1].double(), "state")
+        assert wide.isnan().sum() == wide.numel() // 2
 
 
 def test_training_keeps_at_most_a_sixteenth_of_the_states():
@@ -192,15 +324,6 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
     monkeypatch.setattr(kernels, "forward", lambda *args: (results.append(forward(*args)), results[-1])[1])
     pyseq.selective_scan(**drawn(1, 200, 4, 4))
     assert results[0][2].numel() == 0
-
-
-def test_bad_offsets_in_a_compiled_call_give_nan(monkeypatch):
-    arguments = drawn(1, 4, 6, 3)
-    kernels = pyseq.ops.selective_scan._OP.active
-    for ends in ([0, 5, 4], [1, 2, 4], [0, 2, 3], [0, -1, 4], [0, 1 << 40, 4]):
-        tensors = [arguments[n] for n in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-        y, last, _ = kernels.forward(*tensors, None, torch.tensor(ends), True, True, False)
-        assert y.isnan().all() and last.isnan().all()
 
 
 def test_a_step_refuses_a_gradient():

@@ -1,9 +1,9 @@
 // What the kernels of the backward share: the cut into tiles, the workspace, and where sequences begin.
 //
 // A block of 128 threads has 128 channels of one group of one row, a thread 4 channels and 4 states of a slice of 16.
-// In warp w, lane = 8 sl + cl: channels 4 (8 w + cl) + {0..3} of the block, states 16 slice + 4 sl + {0..3}. Channels and
-// states that do not exist carry zeros. Where rows and channels alone do not fill a GPU, time is cut into segments of
-// whole chunks, a block of threads for each.
+// In warp w, lane = 8 sl + cl: channels 4 (8 w + cl) + {0..3} of the block, states 16 slice + 4 sl + {0..3}. Channels
+// and states that do not exist carry zeros. Where rows and channels alone do not fill a GPU, time is cut into segments
+// of whole chunks, a block of threads for each.
 #pragma once
 #include "cuda/device.cuh"
 #include "cuda/math.cuh"

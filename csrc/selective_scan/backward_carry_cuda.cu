@@ -60,9 +60,10 @@ __global__ void __launch_bounds__(kThreads) selective_scan_backward_join_kernel(
     const Vec<4> decay = load_vec<4>(w.decay + (i + 1) * kThreads + 4 * at.quad);
     load_own(own, carry);
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {   // a product with A could be infinite or NaN
-      const float sum = decay[k / 4], a = sum < __int_as_float(kInfinity) ? ex2(sum * A[k / 4][k % 4]) : 0.f;
-      behind[k / 4][k % 4] = fmaf(a, behind[k / 4][k % 4], own[k / 4][k % 4]);
+    for (int k = 0; k < 16; ++k) {
+      const int c = k / 4, n = k % 4;
+      const float joined = fmaf(ex2(decay[c] * A[c][n]), behind[c][n], own[c][n]);
+      behind[c][n] = decay[c] == __int_as_float(kInfinity) ? own[c][n] : joined;   // joined may be NaN then
     }
     store_own(carry, behind);
   }

@@ -147,6 +147,30 @@ def test_an_overflow_stays_in_its_sequence(ends, backend):
 
 
 @on_backends
+def test_a_gradient_that_overflows_stays_in_its_sequence(backend):
+    arguments = packed([0, 400, 1100], dim=3) | {"return_state": False}
+    arguments["A"] = 2 + arguments["A"].abs()
+    arguments["dt"] += torch.where(torch.arange(1100) < 400, -6, 6)[:, None]
+    time = ("u", "dt", "B", "C", "z")
+    with on(backend) as device:
+        _, grads = gradients(pyseq.selective_scan, prepare(arguments, device, requires_grad=True))
+    assert not grads["u"][:, 400:].isfinite().all()
+    alone = {n: arguments[n][:, :400] for n in time} | {"cu_seqlens": None, "state": arguments["state"][:1]}
+    _, exact_grads = exact(arguments | alone)
+    for name in time:
+        assert_close(grads[name][:, :400], exact_grads[name], f"gradient of {name}", "gradient")
+    assert_close(grads["state"][:1], exact_grads["state"], "gradient of state", "gradient")
+
+
+@on_backends
+@pytest.mark.parametrize("ends", [[0, 1100], [0, 320, 320, 960, 1100]])
+def test_gradients_that_fade_slowly_cross_the_cuts_of_time(ends, backend):
+    arguments = packed(ends, dim=3)
+    arguments["A"] *= 0.01
+    check(arguments, backend)
+
+
+@on_backends
 @pytest.mark.parametrize("time", [40, 530])
 def test_dtypes_mix_on_every_backend(time, backend):
     arguments = drawn(1, time, 9, 6, 3)

@@ -170,7 +170,7 @@ def selective_scan_step(
     *,
     dt_softplus: bool = False,
 ) -> torch.Tensor:
-    """One token of `selective_scan`: updates state in place, returns y; equal to the sequence op bit for bit.
+    """One token of `selective_scan`: updates state in place, returns y; on a CPU equal to the sequence op bit for bit.
 
     Args:
         state: [B, D, N], float32 or bfloat16 (advanced in float32 and rounded once).

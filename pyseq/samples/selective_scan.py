@@ -65,5 +65,8 @@ def samples() -> list[Sample]:
             1, 200, 18, 40, groups=1, packed=[0, 0, 63, 64, 65, 65, 199, 200, 200], options=everything,
             dt_softplus=True, return_state=True,
         ),
+        "wide_cut_in_time": _make(   # by GPU kernels, from 512 tokens on
+            1, 520, 6, 3, packed=[0, 130, 130, 520], options=everything, dt_softplus=True, return_state=True,
+        ),
     }
     return [Sample("selective_scan", name, make, not name.startswith("wide")) for name, make in cases.items()]

@@ -20,9 +20,13 @@ std::map<std::string, int64_t> by_name(const simt::Traffic& t) {
 std::map<std::string, std::map<std::string, std::map<std::string, int64_t>>> traffic() {
   std::map<std::string, std::map<std::string, std::map<std::string, int64_t>>> all;
   for (const auto& [kernel, places] : simt::record.traffic) {
+    std::vector<const char*> codes;
+    for (const auto& [code, counts] : places) codes.push_back(code);
+    const std::vector<std::string> lines = simt::source_lines(codes);
+    auto line = lines.begin();
     for (const auto& [code, counts] : places) {
-      auto& line = all[kernel][simt::source_line(code)];
-      for (const auto& [name, count] : by_name(counts)) line[name] += count;
+      auto& sums = all[kernel][*line++];
+      for (const auto& [name, count] : by_name(counts)) sums[name] += count;
     }
   }
   return all;

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "simt/block.h"
 #include "simt/shared_memory.h"
@@ -30,24 +31,36 @@ inline bool ordered(const Access& a) {
   return !block.known.empty() && block.known[size_t(self->rank) * block.num_threads + a.rank] >= a.clock;
 }
 
-// "scan.cu:17" from an address that a call returns to: of the calls inlined there, the innermost that a .cu file makes.
-inline std::string source_line(const char* code) {
+// "scan.cu:17" from each address that a call returns to: of the calls inlined there, the innermost made by a .cu file.
+inline std::vector<std::string> source_lines(const std::vector<const char*>& codes) {
+  std::vector<std::string> lines(codes.size(), "an unknown line");
   Dl_info module;
-  if (!dladdr(code, &module)) return "unknown code";
-  const size_t offset = code - 1 - static_cast<const char*>(module.dli_fbase);
-  char line[4096] = "";
-  std::snprintf(line, sizeof line, "addr2line -i -e '%s' %#zx", module.dli_fname, offset);
-  FILE* pipe = popen(line, "r");
-  if (!pipe) return "an unknown line";
-  const auto in_cu = [](const std::string& text) { return text.find(".cu:") != std::string::npos; };
-  std::string chosen;
-  while (std::fgets(line, sizeof line, pipe)) {
-    if (chosen.empty() || (!in_cu(chosen) && in_cu(line))) chosen = line;
+  if (codes.empty() || !dladdr(codes[0], &module)) return lines;
+  std::string command = std::string("addr2line -a -i -e '") + module.dli_fname + "'";
+  for (const char* code : codes) {
+    char address[32];
+    std::snprintf(address, sizeof address, " %#zx", size_t(code - 1 - static_cast<const char*>(module.dli_fbase)));
+    command += address;
+  }
+  FILE* pipe = popen(command.c_str(), "r");
+  if (!pipe) return lines;
+  size_t next = 0;                                               // an address comes first, then its lines
+  bool chosen = false;
+  for (char text[4096]; std::fgets(text, sizeof text, pipe);) {
+    const std::string line = text;
+    if (line.starts_with("0x")) {
+      ++next, chosen = false;
+    } else if (next && next <= lines.size() && !chosen && !line.starts_with("??")) {
+      const bool first = lines[next - 1] == "an unknown line";
+      chosen = line.find(".cu:") != std::string::npos;
+      if (!first && !chosen) continue;
+      lines[next - 1] = line.substr(line.rfind('/') + 1, line.find_first_of(" \n") - line.rfind('/') - 1);
+    }
   }
   pclose(pipe);
-  if (chosen.empty() || chosen.starts_with("??")) return "an unknown line (no debug information)";
-  return chosen.substr(chosen.rfind('/') + 1, chosen.find_first_of(" \n") - chosen.rfind('/') - 1);
+  return lines;
 }
+inline std::string source_line(const char* code) { return source_lines({code})[0]; }
 
 [[noreturn]] inline void race(const char* now, const char* code, const char* before, const Access& other) {
   const bool copies = other.clock == kInFlight;

@@ -1,81 +1,162 @@
 // With x_hat = v r and q = e w, where e is the gradient at w x_hat (dy, times silu(z) where the norm came first):
 //   dw = sum e x_hat     dv = r (q - x_hat mean(q x_hat))
 //   gate first: ds = dv silu(z), dz = dv s silu'(z)     norm first: ds = dv, dz = dy w x_hat silu'(z)
-// Three launches: the data gradients, one block per (row, group); the sums of e x_hat over each block of rows, a thread
-// per channel; the sum of those over the blocks, in order. No atomics: the same bits every run.
-#include "cuda/device.cuh"
-#include "cuda/reduce.cuh"
-#include "rms_norm_gated/kernel.h"
+// Two launches. A group's threads go through a block of rows, twice through each: what they loaded would not fit into
+// registers beside their part of dw, which they keep until the last row, but it stays in the first cache. Then the
+// parts are added in order. No atomics: the same bits every run.
 #include "rms_norm_gated/update.cuh"
 
 namespace pyseq {
 namespace {
 
-__global__ void __launch_bounds__(kNormThreads) rms_norm_gated_data_kernel(RmsNormGatedBackward a) {
-  const int64_t groups = a.dim / a.group;
-  const bool gate_first = a.z && !a.norm_before_gate, gate_last = a.z && a.norm_before_gate;
-  for (int64_t unit = blockIdx.x; unit < a.rows * groups; unit += gridDim.x) {
-    const int64_t row = unit / groups, first = unit % groups * a.group, last = first + a.group;
-    const int64_t dy = a.offset(a.dy, row), s = a.offset(a.s, row), z = a.offset(a.z, row);
-    const int64_t dx = a.offset(a.dx, row), dz = a.offset(a.dz, row);
-    const int64_t dsum = a.offset(a.dsum, row), dresidual = a.offset(a.dresidual, row);
-    const float r = a.rstd[unit];
+template <class E> struct Row {
+  const RmsNormGatedBackward& a;
+  int64_t dy, s, z, dsum, dx, dz, dresidual, last;
+  float r;
+
+  struct Loaded { Raw dy, s, z; };
+
+  __device__ __forceinline__ Row(const RmsNormGatedBackward& args, const Outer& outer, int64_t last_, float rstd)
+      : a(args), dy(outer.in(a.dy)), s(outer.in(a.s)), z(outer.in(a.z)), dsum(outer.in(a.dsum)), dx(outer.in(a.dx)),
+        dz(outer.in(a.dz)), dresidual(outer.in(a.dresidual)), last(last_), r(rstd) {}
+
+  __device__ __forceinline__ Loaded load(int64_t d) const {
+    Loaded in;
+    in.dy = load_raw<E>(a.dy, dy + d, last - d);
+    in.s = load_raw<E>(a.s, s + d, last - d);
+    if (a.z) in.z = load_raw<E>(a.z, z + d, last - d);
+    return in;
+  }
+  // The part of dw: dy s r silu(z) in either order. dot += w times it.
+  __device__ __forceinline__ Vec<n> dweight(const Loaded& in, int64_t d, float& dot) const {
+    Vec<n> part = unpack<E>(in.dy, a.dy.type);
+    const Vec<n> sv = unpack<E>(in.s, a.s.type), w = load_floats<E>(a.weight + d, last - d);
+#pragma unroll
+    for (int i = 0; i < n; ++i) part[i] *= sv[i] * r;
+    if (a.z) {
+      const Vec<n> zv = unpack<E>(in.z, a.z.type);
+#pragma unroll
+      for (int i = 0; i < n; ++i) part[i] *= silu(zv[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) dot = fmaf(part[i], w[i], dot);
+    return part;
+  }
+  __device__ __forceinline__ void data(const Loaded& in, int64_t d, float mean) const {
+    const bool first = a.z && !a.norm_before_gate;   // the gate before the norm
+    Raw arriving;
+    if (a.dsum) arriving = load_raw<E>(a.dsum, dsum + d, last - d);
+    const Vec<n> sv = unpack<E>(in.s, a.s.type), w = load_floats<E>(a.weight + d, last - d);
+    Vec<n> ds = unpack<E>(in.dy, a.dy.type);
+    if (a.z) {
+      Vec<n> dzv = unpack<E>(in.z, a.z.type);
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const float gate = silu(dzv[i]), q = first ? ds[i] * w[i] : ds[i] * gate * w[i];
+        const float x_hat = first ? sv[i] * r * gate : sv[i] * r;
+        const float dv = (q - x_hat * mean) * r;
+        dzv[i] = (first ? dv * sv[i] : ds[i] * w[i] * x_hat) * silu_grad(dzv[i]);
+        ds[i] = first ? dv * gate : dv;
+      }
+      store_as<E>(a.dz, dz + d, dzv, last - d);
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) ds[i] = (ds[i] * w[i] - sv[i] * r * mean) * r;
+    }
+    if (a.dsum) {
+      const Vec<n> more = unpack<E>(arriving, a.dsum.type);
+#pragma unroll
+      for (int i = 0; i < n; ++i) ds[i] += more[i];
+    }
+    store_as<E>(a.dx, dx + d, ds, last - d);
+    if (a.dresidual) store_as<E>(a.dresidual, dresidual + d, ds, last - d);
+  }
+};
+
+template <class E>
+__global__ void __launch_bounds__(kNormMost, 1)
+rms_norm_gated_backward_kernel(RmsNormGatedBackward a, int threads, unsigned groups) {
+  const unsigned unit = norm_unit(threads);
+  const int64_t block = unit / groups, group = unit % groups;
+  const int64_t end = min((block + 1) * a.rows_per_block, a.rows);   // threads beyond have no rows
+  const int64_t last = (group + 1) * a.group, step = int64_t(threads) * n;
+  const int64_t begin = group * a.group + int64_t(norm_lane(threads)) * n;
+  float* const partial = a.partial + block * a.dim;
+  Vec<n> dweight[kVectors]{};
+  // As many turns for every thread, so that all of a warp meet in the sum.
+  for (int64_t i = 0; i < a.rows_per_block; ++i) {
+    const int64_t row = block * a.rows_per_block + i;
+    const bool exists = row < end;
+    const Row<E> at(a, Outer(exists ? row : 0, a.inner), last, exists ? a.rstd[row * groups + group] : 0.f);
+    typename Row<E>::Loaded in[kVectors];
     float dot = 0.f;
-    for (int64_t d = first + threadIdx.x; d < last; d += kNormThreads) {
-      const float gate = a.z ? silu(load(a.z, z + d)) : 1.f;
-      float x_hat = load(a.s, s + d) * r, e = load(a.dy, dy + d);
-      if (gate_first) x_hat *= gate;
-      if (gate_last) e *= gate;
-      dot += e * x_hat * a.weight[d];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      if (exists && begin + k * step < last) in[k] = at.load(begin + k * step);
     }
-    const float mean = block_sum<kNormThreads>(dot) / float(a.group);
-    for (int64_t d = first + threadIdx.x; d < last; d += kNormThreads) {
-      const float w = a.weight[d], sv = load(a.s, s + d), zv = a.z ? load(a.z, z + d) : 0.f;
-      const float gate = a.z ? silu(zv) : 1.f, dyv = load(a.dy, dy + d);
-      const float x_hat = gate_first ? sv * r * gate : sv * r;
-      const float q = gate_last ? dyv * gate * w : dyv * w;
-      const float dv = (q - x_hat * mean) * r;
-      if (a.dz) store(a.dz, dz + d, (gate_first ? dv * sv : dyv * w * x_hat) * silu_grad(zv));
-      float ds = gate_first ? dv * gate : dv;
-      if (a.dsum) ds += load(a.dsum, dsum + d);
-      store(a.dx, dx + d, ds);
-      if (a.dresidual) store(a.dresidual, dresidual + d, ds);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      if (!exists || begin + k * step >= last) continue;
+      const Vec<n> part = at.dweight(in[k], begin + k * step, dot);
+#pragma unroll
+      for (int j = 0; j < n; ++j) dweight[k][j] += part[j];
     }
+#pragma unroll 1
+    for (int64_t d = begin + kVectors * step; exists && d < last; d += step) {
+      Vec<n> part = at.dweight(at.load(d), d, dot);
+      if (i > 0) {
+        const Vec<n> before = load_floats<E>(partial + d, last - d);
+#pragma unroll
+        for (int j = 0; j < n; ++j) part[j] += before[j];
+      }
+      store_floats<E>(partial + d, part, last - d);
+    }
+    const float mean = norm_sum(dot, threads) / float(a.group);
+#pragma unroll 1
+    for (int64_t d = begin; exists && d < last; d += step) at.data(at.load(d), d, mean);
+  }
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int64_t d = begin + k * step;
+    if (block * a.rows_per_block < end && d < last) store_floats<E>(partial + d, dweight[k], last - d);
   }
 }
 
-__global__ void __launch_bounds__(kNormThreads) rms_norm_gated_weight_kernel(RmsNormGatedBackward a) {
-  const int64_t d = int64_t(blockIdx.x) * kNormThreads + threadIdx.x, block = blockIdx.y;
-  if (d >= a.dim) return;
-  const int64_t groups = a.dim / a.group, end = (block + 1) * a.rows_per_block;
-  float total = 0.f;
-  for (int64_t row = block * a.rows_per_block; row < (end < a.rows ? end : a.rows); ++row) {
-    const float gate = a.z ? silu(load(a.z, a.offset(a.z, row) + d)) : 1.f;   // on either side of the norm it enters e x_hat
-    total += load(a.dy, a.offset(a.dy, row) + d) * load(a.s, a.offset(a.s, row) + d) * a.rstd[row * groups + d / a.group] * gate;
-  }
-  a.partial[block * a.dim + d] = total;
-}
+// Partial sums of all blocks of rows: every sixteenth by one warp, then the sixteen in order.
+constexpr int kSlices = 16;
 
-__global__ void __launch_bounds__(kNormThreads) rms_norm_gated_total_kernel(RmsNormGatedBackward a, int64_t blocks) {
-  const int64_t d = int64_t(blockIdx.x) * kNormThreads + threadIdx.x;
-  if (d >= a.dim) return;
-  float total = 0.f;
-  for (int64_t block = 0; block < blocks; ++block) total += a.partial[block * a.dim + d];
-  a.dweight[d] = total;
+__global__ void __launch_bounds__(32 * kSlices) rms_norm_gated_sum_kernel(RmsNormGatedBackward a, int64_t blocks) {
+  __shared__ float slices[kSlices][32];
+  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
+  const int64_t d = int64_t(blockIdx.x) * 32 + lane;
+  float sum = 0.f;
+  if (d < a.dim) {
+#pragma unroll 4
+    for (int64_t block = slice; block < blocks; block += kSlices) sum += a.partial[block * a.dim + d];
+  }
+  slices[slice][lane] = sum;
+  __syncthreads();
+  if (slice > 0 || d >= a.dim) return;
+  for (int i = 1; i < kSlices; ++i) sum += slices[i][lane];
+  a.dweight[d] = sum;
 }
 
 }  // namespace
 
 int rms_norm_gated_backward_cuda(const RmsNormGatedBackward& a, void* stream) {
-  const dim3 threads(kNormThreads);
-  const unsigned tiles = unsigned((a.dim + kNormThreads - 1) / kNormThreads);
   const int64_t blocks = (a.rows + a.rows_per_block - 1) / a.rows_per_block;
-  const dim3 grid = norm_grid(a.rows * (a.dim / a.group));
-  if (int error = launch<rms_norm_gated_data_kernel>(grid, threads, 0, stream, a)) return error;
+  const unsigned groups = unsigned(a.dim / a.group);
+  if (!norm_fits(a.rows * groups)) return cudaErrorInvalidConfiguration;
   if (blocks > 0) {
-    if (int error = launch<rms_norm_gated_weight_kernel>(dim3(tiles, unsigned(blocks)), threads, 0, stream, a)) return error;
+    const int threads = norm_threads(a.group);
+    const dim3 grid = norm_grid(blocks * groups, threads), block(unsigned(norm_block(threads)));
+    const int error = for_dtype(a.group, a.weight, {a.dy, a.s, a.z, a.dsum, a.dx, a.dz, a.dresidual}, [&]<class E>() {
+      return launch<rms_norm_gated_backward_kernel<E>>(grid, block, 0, stream, a, threads, groups);
+    });
+    if (error) return error;
   }
-  return launch<rms_norm_gated_total_kernel>(dim3(tiles), threads, 0, stream, a, blocks);
+  const dim3 grid(unsigned((a.dim + 31) / 32));
+  return launch<rms_norm_gated_sum_kernel>(grid, dim3(32 * kSlices), 0, stream, a, blocks);
 }
 
 }  // namespace pyseq

@@ -19,7 +19,9 @@ struct RmsNormGated {
   float* sum;              // [R, D] s, stored where there is a residual
   float* rstd;             // [R, D / group] r, kept for the backward
 
-  constexpr int64_t offset(const View& v, int64_t row) const { return row / inner * v.stride[0] + row % inner * v.stride[1]; }
+  constexpr int64_t offset(const View& v, int64_t row) const {
+    return row / inner * v.stride[0] + row % inner * v.stride[1];
+  }
 };
 
 struct RmsNormGatedBackward {
@@ -35,7 +37,9 @@ struct RmsNormGatedBackward {
   float* partial;          // [blocks, D]: the part of dweight that one block of rows gives
   int64_t rows_per_block;  // a function of the shapes alone, so that sums do not depend on the threads
 
-  constexpr int64_t offset(const View& v, int64_t row) const { return row / inner * v.stride[0] + row % inner * v.stride[1]; }
+  constexpr int64_t offset(const View& v, int64_t row) const {
+    return row / inner * v.stride[0] + row % inner * v.stride[1];
+  }
 };
 
 // CPU: a range of rows forward; backward a range of row blocks, whose partial sums the binding adds up.
@@ -52,7 +56,8 @@ void rms_norm_gated(const RmsNormGated&, int64_t begin, int64_t end);
 void rms_norm_gated_backward(const RmsNormGatedBackward&, int64_t begin, int64_t end);
 }  // namespace v4
 
-// CUDA: both return a cudaError_t.
+// CUDA: a cudaError_t. At most 2^32 - 128 groups. Bound by memory: with a gate and 16-bit data 6 bytes an element
+// forward, 10 backward.
 int rms_norm_gated_cuda(const RmsNormGated&, void* stream);
 int rms_norm_gated_backward_cuda(const RmsNormGatedBackward&, void* stream);
 

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 import pyseq
+from pyseq import _library, reference, testing
+from pyseq.testing import assert_close, gradients, on
+
+BACKENDS = testing.backends(_library.REGISTRY["rms_norm_gated"])
 
 
 def wave(offset, *shape):
@@ -29,6 +33,46 @@ def test_the_sum_is_float32_and_its_gradient_counts():
     assert total.dtype == torch.float32 and torch.equal(total, x.float() + residual)
     total.sum().backward()
     assert torch.equal(residual.grad, torch.ones(3, 8)) and torch.equal(x.grad, torch.ones_like(x))
+
+
+# On a GPU a group has part of a warp, whole warps, or threads that read what exceeds their registers twice; whole,
+# aligned vectors are single accesses. The bits must not tell.
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
+@pytest.mark.parametrize("how", [{}, {"z": True}, {"z": True, "residual": True, "norm_before_gate": True}], ids=str)
+@pytest.mark.parametrize(("rows", "groups", "size"), [
+    (9, 3, 1), (5, 2, 7), (33, 2, 8), (6, 3, 40), (3, 2, 250), (5, 1, 512), (4, 2, 520), (2, 1, 4100), (5, 1, 8216),
+    (2, 1, 8195),
+])
+def test_groups_of_every_size(rows, groups, size, how, backend):
+    dim = groups * size
+    eps = 0.5 if size == 1 else 1e-5   # with a small one the gradient would be all cancellation
+    options = {"group_size": size, "norm_before_gate": how.get("norm_before_gate", False), "eps": eps}
+    for k, dtype in enumerate(testing.DTYPES):
+        torch.manual_seed(size)
+        tensors = {"x": torch.randn(rows, dim).to(dtype), "weight": 1 + 0.1 * torch.randn(dim)}
+        if how.get("z"):
+            tensors["z"] = torch.randn(rows, dim).to(testing.DTYPES[k - 1])
+        if how.get("residual"):
+            tensors["residual"] = torch.randn(rows, dim).to(testing.DTYPES[k - 2])
+        doubles = {n: t.double().requires_grad_() for n, t in tensors.items()}
+        exact, exact_grads = gradients(lambda **a: reference.rms_norm_gated(**a, **options), doubles)
+        results = []
+        with on(backend) as device:
+            for shift in (0, 3):
+                leaves = {}
+                for n, t in tensors.items():
+                    wide = (*t.shape[:-1], dim + 8 * (shift > 0))
+                    memory = torch.full(wide, float("nan"), device=device, dtype=t.dtype)
+                    memory[..., shift : shift + dim] = t.to(device)
+                    leaves[n] = memory[..., shift : shift + dim].requires_grad_()
+                results.append(gradients(lambda **a: pyseq.rms_norm_gated(**a, **options), leaves))
+        (y, grads), (shifted, shifted_grads) = results
+        for a, b, e in zip(y, shifted, exact, strict=True):
+            assert torch.equal(a, b)
+            assert_close(a, e, "output")
+        for name in grads:
+            assert torch.equal(grads[name], shifted_grads[name]), name
+            assert_close(grads[name], exact_grads[name], f"gradient of {name}", "gradient")
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [

@@ -117,6 +117,7 @@ def aligned(name):
 
 # Sectors and wavefronts in units of the fewest that hold the same bytes: what a kernel may take, and those that take
 # more, a little above what was counted. They read or write weights or states a row to a lane, once per block or token.
+# rms_norm_gated's lanes have 8 channels: of float32 two accesses, which share their sectors.
 USUAL = (1.1, 1.1)
 CEILINGS = {
     "causal_conv1d_kernel": (3.6, 1.1),
@@ -125,6 +126,8 @@ CEILINGS = {
     "causal_conv1d_step_kernel": (3.1, 1.1),
     "mamba_step_kernel": (1.45, 1.1),
     "mamba_step_project_kernel": (2.7, 1.55),
+    "rms_norm_gated_kernel": (2.1, 1.1),
+    "rms_norm_gated_backward_kernel": (2.1, 1.1),
     "selective_scan_backward_kernel": (1.6, 1.1),
     "selective_scan_reduce_tokens_kernel": (2.6, 1.1),
 }

@@ -61,22 +61,22 @@ def occupancy(machine: Machine, registers: int, threads: int, shared: int) -> in
     return min(machine.blocks, by_warps, by_registers, by_shared)
 
 
-def pipes(machine: Machine, counts: Mapping[str, float], wavefronts: Mapping[str, float]) -> dict[str, float]:
+def pipes(machine: Machine, counts: Mapping[str, float]) -> dict[str, float]:
     """Cycles that the counted warp instructions keep each pipe of a scheduler busy.
 
-    An access to shared memory has as many wavefronts as it has words per lane, unless `wavefronts` knows better.
+    An access to shared memory is taken to have as many wavefronts as words per lane: no lane reads another's words.
     """
     def total(*starts: str) -> float:
         return sum(n for kind, n in counts.items() if kind.startswith(starts))
 
     shared = {kind: n for kind, n in counts.items() if kind.startswith(("LDS.", "STS."))}
-    shared_wavefronts = sum(n * wavefronts.get(k, max(1, int(k.split(".")[1]) // 32)) for k, n in shared.items())
+    wavefronts = sum(n * max(1, int(kind.split(".")[1]) // 32) for kind, n in shared.items())
     return {
         "issue": counts["issued"],
         "fp32": machine.fp32 * counts["fma"],
         "integer": machine.integer * counts["alu"],
         "special functions": SPECIAL * total("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC"),
-        "shared memory": SHARED_WAVEFRONT * (shared_wavefronts + total("SHFL")),
+        "shared memory": SHARED_WAVEFRONT * (wavefronts + total("SHFL")),
         "matrix": MATRIX * total("HMMA", "IMMA"),
     }
 

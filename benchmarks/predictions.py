@@ -33,9 +33,9 @@ these budgets, spills registers, adds with float atomics or computes in float64;
 A multiprocessor has four schedulers, each of which issues one warp instruction a cycle. A launch cannot be faster than
 its fullest pipe (issue slots; float32; integers; special functions at 8 cycles of a scheduler each; shared memory at 4
 cycles a wavefront or shuffle), nor than its bytes at the bandwidth of the card. The prediction is the largest of these,
-in brackets which one it is, summed over the launches of a work. Loops count with the longest path that accesses memory
-8 or 16 bytes at a time where it can. Latency, caches, the time to launch and all waiting are left out, so that a real
-kernel takes longer.
+summed over the launches of a work; in brackets what bounds the longest of them. Loops count with the longest path that
+accesses memory 8 or 16 bytes at a time where it can; issue slots are those of the H200. Latency, caches, the time to
+launch and all waiting are left out, so that a real kernel takes longer.
 """
 CARDS = """
 | card | architecture | multiprocessors | clock | bandwidth | taken from |
@@ -44,19 +44,20 @@ KERNELS = """
 ## Budgets
 
 Threads of a block, its bytes of shared memory (static, and dynamic where a work above uses the kernel), registers of a
-thread, how many blocks fit on a multiprocessor of the cards above, and on the H200 the issue slots of one iteration of
-each innermost loop. Where there are three figures they are those of {archs}.
-`benchmarks/kernel_budgets.json` holds the rest: every loop for each architecture, by kind of instruction.
+thread, and how many blocks fit on a multiprocessor of the cards above: one figure for all, or those of {archs}.
+Last, for sm_90a, the issue slots of one iteration of the three longest innermost loops.
+`benchmarks/kernel_budgets.json` holds every loop for each architecture, by kind of instruction.
 
-| kernel | threads | shared | registers | blocks | innermost loops |
+| kernel | threads | shared | registers | blocks | inner loops |
 |---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
 class Prediction:
     seconds: float
-    limits: tuple[str, ...]      # of each launch, what its time is set by
+    limit: str                   # what sets the time of its longest launch
     slots: float                 # issue slots per unit of the work and lane
+    core: float                  # those of the loops that compute it
 
 
 def loop_with(name: str, loops: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
@@ -76,7 +77,7 @@ def loop_with(name: str, loops: list[dict[str, Any]]) -> tuple[dict[str, Any], i
 def executed(budget: Mapping[str, Any], launch: Launch) -> Counter[str]:
     """Warp instructions of the whole launch, by kind."""
     counts: Counter[str] = Counter()
-    warps = launch.blocks * -(-budget["threads"] // 32)
+    warps = launch.blocks * -(-(launch.threads or budget["threads"]) // 32)
     parts = [(budget["outside"], warps)]
     for name, total in launch.instructions.items():
         loop, each = loop_with(name, budget["loops"])
@@ -90,16 +91,20 @@ def executed(budget: Mapping[str, Any], launch: Launch) -> Counter[str]:
 
 
 def predict(work: Work, machine: Machine, budgets: Mapping[str, Any]) -> Prediction:
-    total, limits, issued = 0.0, [], 0.0
+    times, issued, core = [], 0.0, 0.0
     for launch in work.launches:
         try:
-            counts = executed(budgets["kernels"][launch.kernel][machine.arch], launch)
+            budget = budgets["kernels"][launch.kernel][machine.arch]
+            counts = executed(budget, launch)
         except KeyError as error:
             raise KeyError(f"{work.name}: {launch.kernel}, {machine.arch}: {error}") from error
-        time, limit = seconds(machine, pipes(machine, counts, launch.wavefronts), launch.blocks, launch.bytes_moved)
-        total, issued = total + time, issued + counts["issued"]
-        limits.append(limit)
-    return Prediction(total, tuple(limits), issued * 32 / work.units)
+        for name in launch.core:
+            loop, each = loop_with(name, budget["loops"])
+            core += launch.instructions[name] / each * loop["issued"]
+        times.append(seconds(machine, pipes(machine, counts), launch.blocks, launch.bytes_moved))
+        issued += counts["issued"]
+    lanes = 32 / work.units
+    return Prediction(sum(time for time, _ in times), max(times)[1], issued * lanes, core * lanes)
 
 
 def _time(value: float) -> str:
@@ -112,9 +117,11 @@ def table(budgets: Mapping[str, Any]) -> list[str]:
              "|---" * (4 + len(cards)) + "|"]
     for work in WORKS:
         predictions = [predict(work, card, budgets) for card in cards]
-        times = [f"{_time(p.seconds)} ({', '.join(dict.fromkeys(p.limits))})" for p in predictions]
+        times = [f"{_time(p.seconds)} ({p.limit})" for p in predictions]
         size = sum(launch.bytes_moved for launch in work.launches)
-        lines.append(f"| {work.name} | {size / 1e6:.0f} MB | {predictions[0].slots:.1f} per {work.unit} | "
+        slots = f"{predictions[0].slots:.1f} per {work.unit}"
+        slots += f", {predictions[0].core:.1f} in its inner loops" if predictions[0].core else ""
+        lines.append(f"| {work.name} | {size / 1e6:.0f} MB | {slots} | "
                      + " | ".join(times) + f" | {_time(work.goal) if work.goal else ''} |")
     return lines
 
@@ -133,7 +140,8 @@ def kernels(budgets: Mapping[str, Any]) -> list[str]:
         def blocks(machine: Machine, budget: Mapping[str, Any]) -> int:
             return occupancy(machine, budget["registers"], budget["threads"], shared(machine, budget))
 
-        loops = ", ".join(str(loop["issued"]) for loop in archs["sm_90a"]["loops"] if loop["innermost"])
+        issued = {loop.get("wide", loop)["issued"] for loop in archs["sm_90a"]["loops"] if loop["innermost"]}
+        loops = ", ".join(map(str, sorted(issued, reverse=True)[:3]))
         cells = (three(lambda _, b: b["threads"]), three(shared), three(lambda _, b: b["registers"]), three(blocks))
         return f"| `{name}` | {' | '.join(cells)} | {loops} |"
 

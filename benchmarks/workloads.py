@@ -10,16 +10,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from benchmarks.cost_model import MACHINES
+
+H200_BANDWIDTH = MACHINES["H200"].bandwidth
+
 
 @dataclass(frozen=True)
 class Launch:
     kernel: str                       # its name in kernel_budgets.json
     blocks: int
     bytes_moved: float
+    threads: int = 0                                               # of a block; 0: as many as it may have
     instructions: dict[str, float] = field(default_factory=dict)   # loop -> how many of its instruction all warps run
     iterations: dict[str, float] = field(default_factory=dict)     # loop -> how often all warps run it
+    core: tuple[str, ...] = ()                                     # of the loops in `instructions`: the recurrence
     dynamic_shared: int = 0                                        # bytes per block
-    wavefronts: dict[str, float] = field(default_factory=dict)   # of shared memory per access, where lanes share words
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,11 @@ class Work:
 
 
 def rms_norm_gated(rows: int, dim: int) -> Work:
-    elements, warps = rows * dim, rows * dim // (32 * 16)   # no loop: a thread has 16 elements
+    elements, threads = rows * dim, dim // 16   # a thread has 16 elements, and no loop but to sum over the others
+    warps = rows * threads // 32
     forward = Launch(
-        "rms_norm_gated_kernel<__nv_bfloat16>", blocks=rows, bytes_moved=3 * 2 * elements,   # x, z, y
-        instructions={"SHFL": 5 * warps, "LDS.128": 4 * warps},
+        "rms_norm_gated_kernel<__nv_bfloat16>", blocks=rows, threads=threads, bytes_moved=3 * 2 * elements,   # x, z, y
+        instructions={"SHFL": 5 * warps, "LDS.128": threads // 32 // 4 * warps},
     )
     return Work(f"rms_norm_gated, {rows} rows of {dim}, gate, bf16", "element", elements, (forward,))
 
@@ -46,7 +52,7 @@ def causal_conv1d(batch: int, time: int, dim: int) -> tuple[Work, Work]:
     warps = elements // rows // (32 * 8)
     forward = Launch(
         f"causal_conv1d_kernel<__nv_bfloat16, {width}>", blocks=warps // 4, bytes_moved=2 * 2 * elements,   # x, y
-        instructions={"MUFU.EX2": elements / 32},
+        instructions={"MUFU.EX2": elements / 32}, core=("MUFU.EX2",),
         iterations={"LDG.64 -STG.64": warps},
     )
     warps = elements // rows_backward // (32 * 4)
@@ -54,7 +60,7 @@ def causal_conv1d(batch: int, time: int, dim: int) -> tuple[Work, Work]:
     backward = Launch(
         f"causal_conv1d_backward_kernel<__nv_bfloat16, {width}>", blocks=(warps + batch * dim // 32) // 4,
         bytes_moved=3 * 2 * elements + 4 * partial,   # x, dy, dx, partial sums of dweight and dbias
-        instructions={"MUFU.EX2 STG.64": elements / 32},
+        instructions={"MUFU.EX2 STG.64": elements / 32}, core=("MUFU.EX2 STG.64",),
         iterations={"LDG.64 -STG.64": warps},
     )
     total = Launch("causal_conv1d_sum_kernel", blocks=dim // 32 * (width + 1), bytes_moved=4 * partial,
@@ -63,7 +69,74 @@ def causal_conv1d(batch: int, time: int, dim: int) -> tuple[Work, Work]:
             Work(f"{name}, backward", "element", elements, (backward, total), goal=0.45e-3))
 
 
+def selective_scan(batch: int, time: int, dim: int) -> tuple[Work, Work]:
+    states, elements = 16, batch * time * dim
+    each, shared = elements * states / 32, 2 * 2 * batch * time * states   # warp instructions per state; bytes of B, C
+    name = f"selective_scan, B{batch} T{time} D{dim} N{states}, softplus, gate, bf16"
+    warps = batch * dim // 32
+    tiles = warps * time // 16            # of 32 channels and 16 tokens
+    forward = Launch(
+        "selective_scan_forward_kernel<4, true>", blocks=warps // 4, dynamic_shared=4 * 12304,
+        bytes_moved=4 * 2 * elements + shared,   # u, dt, z, y
+        instructions={"MUFU.EX2 SHFL": each,     # the recurrence
+                      "MUFU.EX2 -SHFL -MUFU.RCP": elements / 32, "MUFU.RCP": elements / 32,   # softplus; gate
+                      "LDGSTS.64": 3 * elements / 128 + 4 * tiles},
+        core=("MUFU.EX2 SHFL",),
+        iterations={"STS.128 -MUFU.EX2": tiles, "STG.128": tiles},
+    )
+    spans = batch * dim // 32 * time // 8        # of 8 tokens: the last of a chunk of 64 keeps no state behind it
+    slabs, weights = 4 * 2 * batch * time * states * dim // 128, 4 * batch * dim * (states + 2)
+    backward = Launch(
+        "selective_scan_backward_kernel<true>", blocks=batch * dim // 128, dynamic_shared=82944,
+        bytes_moved=7 * 2 * elements + shared + elements * states * 4 / 64 + slabs + weights,   # with checkpoints
+        instructions={"MUFU.EX2 SHFL": each, "MUFU.EX2 STS.128 -SHFL -BAR": each, "MUFU.EX2 -STS.128": each * 7 / 8,
+                      "LDG.64 -BAR": spans * (8 + 4 * 7 / 8)},
+        core=("MUFU.EX2 SHFL", "MUFU.EX2 STS.128 -SHFL -BAR", "MUFU.EX2 -STS.128"),
+        iterations={"BAR SHFL": spans, "BAR -SHFL": spans * 7 / 8},
+    )
+    tokens = Launch("selective_scan_reduce_tokens_kernel", blocks=batch * time * 2 * states // 4 // 256,
+                    bytes_moved=slabs + shared, instructions={"LDG.128": slabs / 16 / 32})
+    channels = Launch("selective_scan_reduce_channels_kernel", blocks=dim * states // 256, bytes_moved=weights,
+                      instructions={"LDG.32": weights / 4 / 32})
+    return (Work(f"{name}, forward", "state", elements * states, (forward,), goal=0.35e-3),
+            Work(f"{name}, backward", "state", elements * states, (backward, tokens, channels), goal=1.2e-3))
+
+
+def selective_scan_step(batch: int, dim: int) -> Work:
+    states, warps = 16, batch * dim // 32
+    size = 4 * (2 * batch + 1) * dim * states + 4 * 2 * batch * dim   # state twice, A; u, dt, z, y
+    step = Launch("selective_scan_step_kernel<4, float>", blocks=warps // 4, bytes_moved=size,
+                  iterations={"MUFU.EX2": warps})
+    name = f"selective_scan_step, B{batch} D{dim} N{states}, float32 state, bf16"
+    return Work(name, "state", batch * dim * states, (step,), goal=1.2 * size / H200_BANDWIDTH)
+
+
+def mamba_step(batch: int, dim: int, states: int, rank: int) -> Work:
+    outputs, width = rank + 2 * states, 4
+    conv, weights = 4 * batch * dim * (width - 1), 2 * dim * (width + 1)   # float32 states, bf16 weights
+    warps = 240 * 4               # of the first launch: 5 chunks of channels, 8 groups of rows, 6 parts of the outputs
+    project = Launch(
+        "mamba_step_project_kernel<8>", blocks=warps // 4,
+        bytes_moved=conv + weights + 2 * batch * dim + 2 * outputs * dim + 4 * 5 * batch * outputs,
+        iterations={"LDG.128 BAR SHFL": warps * 8, "STS.32 MUFU.EX2": warps * 8},
+    )
+    tiles = 256 * 5 * 8           # of the second: 256 blocks, 5 tiles of 64 channels each, by 8 warps
+    step = Launch(
+        "mamba_step_kernel<float>", blocks=256, dynamic_shared=4 * 4 * outputs,
+        bytes_moved=2 * 4 * batch * dim * states + 2 * conv + weights + 4 * dim * states + 2 * dim * rank
+        + 3 * 2 * batch * dim + 4 * 5 * batch * outputs,
+        iterations={"BAR SHFL": tiles, "MUFU.EX2 SHFL -BAR": tiles, "LDG.128 LDS.128 -SHFL": tiles * rank / 64,
+                    "STS.32 LDG.32 -LDS.32": 256 * 8 * 3, "LDG.32 -STS.32 -LDS.128 -LDG.16": 256 * 8 * 3},
+    )
+    name = f"mamba_step, B{batch} D{dim} N{states} R{rank}, float32 states, bf16 weights"
+    size = step.bytes_moved + 2 * outputs * dim
+    return Work(name, "state", batch * dim * states, (project, step), goal=1.2 * size / H200_BANDWIDTH)
+
+
 WORKS = (
+    *selective_scan(8, 2048, 4096),
+    selective_scan_step(64, 5120),
     *causal_conv1d(8, 4096, 8192),
-    rms_norm_gated(16384, 8192),
+    mamba_step(64, 5120, 16, 160),
+    rms_norm_gated(16384, 4096),
 )

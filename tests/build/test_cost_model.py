@@ -39,11 +39,10 @@ def test_occupancy_is_what_nvidia_computes(tmp_path):
 def test_the_fullest_pipe_sets_the_time():
     card = MACHINES["H200"]
     counts = {"issued": 100, "fma": 50, "alu": 30, "MUFU.EX2": 10, "SHFL": 5, "LDS.128": 2, "STS.32": 1, "LDG.128": 9}
-    busy = pipes(card, counts, {})
+    busy = pipes(card, counts)
     assert busy == {"issue": 100, "fp32": 50, "integer": 60, "special functions": 80, "shared memory": 4 * (5 + 8 + 1),
                     "matrix": 0}
-    assert pipes(card, counts, {"LDS.128": 1})["shared memory"] == 4 * (5 + 2 + 1)
-    assert pipes(MACHINES["A100"], counts, {})["fp32"] == 100
+    assert pipes(MACHINES["A100"], counts)["fp32"] == 100
     time, limit = seconds(card, {"issue": 132 * 4 * 1.98e6}, 132 * 8, 0)
     assert (limit, time) == ("issue", pytest.approx(1e-3))
     assert seconds(card, {"issue": 1}, 132, 4.3e9) == (pytest.approx(1e-3), "memory")

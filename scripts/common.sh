@@ -28,6 +28,21 @@ build() {
   mkdir -p "$dir/site/pyseq"
   tar -C pyseq --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C "$dir/site/pyseq" -xf -
   cmake --install "$dir" --prefix "$dir/site" >/dev/null
+  standalone "$dir/site"
+}
+
+# standalone SITE: from here on SITE's pyseq is what is imported there. An editable install, which `make install` makes,
+# finds pyseq before anything on the path is looked at; SITE's sitecustomize takes that hook away.
+standalone() {
+  local site; site=$(realpath "$1")
+  cat >"$site/sitecustomize.py" <<'END'
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
+END
+  local found; found=$(cd "$site" && PYTHONPATH=$site "$PYTHON" -c \
+    'import importlib.util; print(importlib.util.find_spec("pyseq").origin)')
+  [[ $found == "$site/"* ]] || fail "in $site, Python imports $found"
 }
 
 # tests SITE pytest-argument...: runs tests of this checkout on the pyseq in SITE. The working directory is on Python's

@@ -34,7 +34,7 @@ void on_cpu(MambaStep& s, const Tensor& like) {
   parallel(rows * tiles, channels, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step)(s, b, e); });
 }
 
-void on_cuda(MambaStep& s, const Tensor& like) {
+template <Twin> void on_cuda(MambaStep& s, const Tensor& like) {   // a template: without CUDA there is nothing to link it with
   STD_TORCH_CHECK(s.outputs() <= kMambaWidest, "pyseq.mamba_step: x_proj_weight has ", s.outputs(),
                   " rows, expected at most ", kMambaWidest, " on CUDA");
   const Tensor projected = new_tensor(like, {mamba_chunks(s.dim), s.batch, s.outputs()}, ScalarType::Float);
@@ -74,7 +74,7 @@ Tensor step(const Tensor& conv_state, const Tensor& state, const Tensor& x, cons
               view(samples), view(h), view(x_), view(z_), view(y), view(taps), view(conv_bias_), view(wide),
               view(narrow), view(bias), view(A_), view(skip), nullptr, nullptr};
   if constexpr (twin == Twin::cpu) on_cpu(s, x);
-  else on_cuda(s, x);
+  else on_cuda<twin>(s, x);
   write_back(conv_state, samples);
   write_back(state, h);
   return y;

@@ -54,8 +54,7 @@ void run(SelectiveScan s, const Tensor& like, int64_t units, int64_t scratch, in
 }
 
 // The CUDA twin gets one piece of memory, which its launcher divides; it neither allocates nor synchronises.
-void launch(const char* kernel, SelectiveScan s, const Tensor& like, int64_t workspace,
-            int (*launcher)(const SelectiveScan&, void* stream)) {
+template <auto launcher> void launch(const char* kernel, SelectiveScan s, const Tensor& like, int64_t workspace) {
   const Launch on(like);
   const Tensor memory = new_tensor(like, {workspace}, ScalarType::Float);
   s.workspace = floats(memory);
@@ -85,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& dt, co
     const int64_t units = s.batch * PYSEQ_DISPATCH(selective_scan_tiles)(s.dim, s.groups);
     run(s, u, units, forward_scratch(s), 80000, PYSEQ_DISPATCH(selective_scan_forward));
   } else {
-    launch("selective_scan", s, u, selective_scan_forward_workspace(s), selective_scan_forward_cuda);
+    launch<selective_scan_forward_cuda>("selective_scan", s, u, selective_scan_forward_workspace(s));
   }
   return {y, last, kept};
 }
@@ -149,7 +148,7 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
   if constexpr (twin == Twin::cpu) {
     backward_on_cpu(s, u, dA, dD, dbias);
   } else {
-    launch("selective_scan_backward", s, u, selective_scan_backward_workspace(s), selective_scan_backward_cuda);
+    launch<selective_scan_backward_cuda>("selective_scan_backward", s, u, selective_scan_backward_workspace(s));
   }
   return result();
 }

@@ -13,39 +13,53 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
 def candidates(
     logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities of the tokens that may be drawn, and their ids (None: all, in order). logits [B, V].
+    """Weights (see `weigh`) of the tokens that may be drawn, and their ids (None: all, in order). logits [B, V].
 
-    softmax(logits / temperature) over the `top_k` largest; of these, in falling order, a token stays while the
-    probability before it is less than `top_p`, so that at least one does.
+    exp(logits / temperature) of the `top_k` largest; of these, in falling order, a token stays while the probability
+    before it is less than `top_p`, so that at least one does.
     """
     vocab = logits.shape[-1]
-    k = vocab if top_k is None else min(top_k, vocab)
     scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
-    if top_p is None or top_p >= 1:
-        if k == vocab:
-            return scaled.softmax(-1), None
-        scaled, ids = scaled.topk(k)
-        return scaled.softmax(-1), ids
+    top_p = 1.0 if top_p is None else top_p
+    if top_k is not None and top_k < vocab:
+        scaled, ids = scaled.topk(top_k)
+        weights = weigh(scaled)
+        return (within(weights, weights.sum(-1, keepdim=True), top_p)[0] if top_p < 1 else weights), ids
+    weights = weigh(scaled)
+    if top_p >= 1:
+        return weights, None
     # Sorting a whole vocabulary costs more than a small model's step; the nucleus is mostly among the first few. On a
     # GPU to look whether it is costs more, and a captured graph cannot look.
-    total = (scaled if k == vocab else scaled.topk(k)[0]).exp().sum(-1, keepdim=True)
-    n = min(k, 64) if scaled.device.type == "cpu" else k
+    total = weights.sum(-1, keepdim=True)
+    n = min(vocab, 64) if scaled.device.type == "cpu" else vocab
     while True:
-        values, ids = scaled.topk(n)
-        probs = values.exp() / total
-        before = probs.cumsum(-1) - probs
-        if n == k or bool((before[:, -1] >= top_p).all()):
-            probs = probs.masked_fill(before >= top_p, 0.0)
-            return probs / probs.sum(-1, keepdim=True), ids
-        n = min(k, 8 * n)
+        values, ids = scaled.topk(n) if n < vocab else scaled.sort(descending=True)
+        weights, complete = within(weigh(values), total, top_p)
+        if n == vocab or bool(complete.all()):
+            return weights, ids
+        n = 8 * n if 16 * n < vocab else vocab
 
 
-def draw(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """One index per row, by inverting the cumulative distribution at u [B, 1] in [0, 1). Never one of probability 0."""
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    u = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, u, right=True)[:, 0]
+def weigh(scaled: torch.Tensor) -> torch.Tensor:
+    """exp(scaled), for scaled <= 0, in whole multiples of 2^-40, as int64.
+
+    Whole numbers, because their sums do not depend on the order: those of floats over a row differ from run to run on a
+    GPU. The largest of a row, at 0, weighs 2^40; a vocabulary below 2^23 does not overflow.
+    """
+    return (scaled.exp() * 2.0**40).long()
+
+
+def within(weights: torch.Tensor, total: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Falling weights with those after the nucleus at 0, and [B], whether the last is after it."""
+    after = weights.cumsum(-1) - weights >= (total.double() * top_p).ceil().long()
+    return weights.masked_fill(after, 0), after[:, -1]
+
+
+def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """One index per row, by inverting the cumulative weights at u [B, 1] in [0, 1), float32. Never one of weight 0."""
+    cumulative = weights.cumsum(-1)
+    at = (u.double() * cumulative[:, -1:]).long()  # below the total, as u is at most 1 - 2^-24
+    return torch.searchsorted(cumulative, at, right=True)[:, 0]
 
 
 def sample(
@@ -59,6 +73,6 @@ def sample(
     """logits [B, V], u [B, 1] uniform in [0, 1) -> ids [B]. Temperature 0 takes the largest, the first of equals."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, ids = candidates(logits, temperature, top_k, top_p)
-    drawn = draw(probs, u)
+    weights, ids = candidates(logits, temperature, top_k, top_p)
+    drawn = draw(weights, u)
     return drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]

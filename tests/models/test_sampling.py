@@ -1,15 +1,31 @@
 """Which tokens may be drawn, with which probabilities."""
 
+from bisect import bisect_right
+from fractions import Fraction
+from itertools import accumulate
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyseq.models.sampling import candidates, draw, penalise, sample
+from pyseq.models import sampling
+from pyseq.models.sampling import draw, penalise, sample
 
 LOGITS = torch.tensor([[2.0, 0.0, 1.0, -1.0, float("-inf")]])
 
 
 def uniform(rows=1, seed=0):
     return torch.rand(rows, 1, generator=torch.Generator().manual_seed(seed))
+
+
+def candidates(*args):
+    weights, ids = sampling.candidates(*args)
+    assert weights.dtype == torch.int64
+    return weights / weights.sum(-1, keepdim=True), ids
+
+
+def weights(*probs):
+    return (torch.tensor([probs]) * 2.0**40).long()
 
 
 def frequencies(logits, n=4000, **options):
@@ -71,17 +87,45 @@ def test_penalty_divides_positive_and_multiplies_negative_logits():
 
 
 def test_impossible_tokens_are_never_drawn():
-    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4096, 5)
-    assert set(draw(probs, uniform(4096)).tolist()) == {1, 3}
-
-
+    halves = weights(0.0, 0.5, 0.0, 0.5, 0.0).expand(4096, 5)
+    assert set(draw(halves, uniform(4096)).tolist()) == {1, 3}
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_unit_interval(u):
-    for probs in ([0.0, 1.0, 0.0], [0.0, 0.3, 0.7], [1e-30, 1.0, 0.0], [0.0, 1e-38, 0.0]):
-        drawn = draw(torch.tensor([probs]), torch.tensor([[u]])).item()
-        assert probs[drawn] > 0
+    for probs in ([0.0, 1.0, 0.0], [0.0, 0.3, 0.7], [1e-30, 1.0, 0.0], [0.0, 1.0] * 100000):
+        row = weights(*probs)
+        assert row[0, draw(row, torch.tensor([[u]])).item()] > 0
+
+
+def test_a_draw_is_exact():
+    """Where the product of u and the total fits a double, against fractions; beyond it is off by 2^-53."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(0, 2**18, (1, 1000), generator=generator) * torch.randint(0, 2, (1, 1000), generator=generator)
+    cumulative = list(accumulate(row[0].tolist()))
+    for u in uniform(500):
+        want = bisect_right(cumulative, Fraction(u.item()) * cumulative[-1] // 1)
+        assert draw(row, u[None]).item() == want
+
+
+class NoFloatScan(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        scans = func._overloadpacket.__name__ in ("cumsum", "cumsum_", "cumprod", "logcumsumexp")
+        assert not scans or not args[0].is_floating_point(), "its bits differ from run to run on a GPU"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.5}])
+def test_no_floats_are_summed_in_an_order_of_the_devices_choice(options):
+    with NoFloatScan():
+        sample(torch.zeros(2, 300), uniform(2), **options)
+
+
+def test_the_order_of_the_vocabulary_does_not_change_the_nucleus():
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)) * 3
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(2))
+    (a, ids), (b, places) = (sampling.candidates(x, 0.7, None, 0.95) for x in (logits, logits[:, order]))
+    assert torch.equal(a, b) and torch.equal(ids[a > 0], order[places[b > 0]])
 
 
 def test_seed_decides():

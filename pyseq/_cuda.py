@@ -81,10 +81,15 @@ def absence() -> str | None:
             f"the driver supports CUDA {version(driver)}, and the kernels were built with "
             f"{version(_C.cuda_runtime_version)}: update the driver, or build pyseq with an older nvcc"
         )
-    cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    if not any(runs_on(card, _C.cuda_architectures) for card in cards):
+    if not _with_kernels():
         return "no kernels were compiled for this card: build pyseq from source here"
     return None
+
+
+def _with_kernels() -> list[int]:
+    """The numbers of the GPUs that torch sees and kernels run on."""
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return [i for i, capability in enumerate(capabilities) if runs_on(capability, _C.cuda_architectures)]
 
 
 def cards() -> list[dict[str, Any]]:
@@ -106,13 +111,13 @@ def cards() -> list[dict[str, Any]]:
 
 
 def usable_device(name: str | None) -> str:
-    """`name` if it can be computed on here; None: a GPU if there is one, else the CPU.
+    """`name` if it can be computed on here; None: the first GPU that kernels run on, else the CPU.
 
     Raises:
         ValueError: no such device, and why.
     """
     if name is None:
-        return "cpu" if absence() else "cuda"
+        return "cpu" if absence() else f"cuda:{_with_kernels()[0]}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -121,8 +126,12 @@ def usable_device(name: str | None) -> str:
         raise ValueError(f"device {name!r}: expected cpu, cuda or cuda:<number>")
     if device.type == "cuda":
         why = absence()
-        if why is None and (device.index or 0) >= torch.cuda.device_count():
-            why = f"there are {torch.cuda.device_count()} GPUs here, counted from 0"
+        if why is None:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            if index >= torch.cuda.device_count():
+                why = f"there are {torch.cuda.device_count()} GPUs here, counted from 0"
+            elif index not in _with_kernels():
+                why = "no kernels were compiled for this card: build pyseq from source here"
         if why:
             raise ValueError(f"device {name!r}: {why}")
     return name

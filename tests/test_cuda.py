@@ -93,9 +93,10 @@ def test_a_build_without_cuda_kernels_says_so(monkeypatch):
     [
         ("cpu", "no GPU", "cpu"),
         (None, "no GPU", "cpu"),
-        (None, None, "cuda"),
-        ("cuda", None, "cuda"),
+        (None, None, "cuda:1"),
+        ("cuda", None, "device 'cuda': no kernels were compiled for this card"),
         ("cuda:1", None, "cuda:1"),
+        ("cuda:0", None, "device 'cuda:0': no kernels were compiled for this card"),
         ("cuda", "torch sees no GPU", "device 'cuda': torch sees no GPU"),
         ("cuda:2", None, "device 'cuda:2': there are 2 GPUs here, counted from 0"),
         ("tpu", None, "device 'tpu': expected cpu, cuda or cuda:<number>"),
@@ -104,8 +105,12 @@ def test_a_build_without_cuda_kernels_says_so(monkeypatch):
     ],
 )
 def test_a_device_is_usable_or_the_reason_is_told(monkeypatch, name, absence, expected):
+    """Beside a card with kernels, the second, stands one without."""
     monkeypatch.setattr(_cuda, "absence", lambda: absence)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(7, 5), (9, 0)][i])
+    monkeypatch.setattr(_C, "cuda_architectures", COMPILED)
     if expected.startswith("device"):
         with pytest.raises(ValueError, match=f"^{expected}"):
             _cuda.usable_device(name)

@@ -152,8 +152,11 @@ def pack_linear(weight: torch.Tensor) -> PackedLinear:
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     r"""y = x W^T + b, the result of `torch.nn.functional.linear`.
 
-    Products and sums are float32, with one rounding at the store. The bits of a row of y depend on that row of x alone:
-    not on the other rows, the threads, or whether the weight is packed.
+    On a CPU, products and sums are float32, with one rounding at the store, and the bits of a row of y depend on that
+    row of x alone: not on the other rows, the threads, or whether the weight is packed. On CUDA it is torch's own
+    linear: cuBLAS chooses by shape, so that a row's bits may depend on how many rows there are, and
+    torch.backends.cuda.matmul decides on TF32 for float32 (`allow_tf32`) and on sums of less than float32 for 16 bits
+    (`allow_bf16_reduced_precision_reduction`, `allow_fp16_reduced_precision_reduction`).
 
     Args:
         x: [..., in], float32, bfloat16 or float16 (float64 runs through `pyseq.reference`).

@@ -51,7 +51,8 @@ def generate(
     return_state: return (ids, state) instead; the state has taken in every token of a row but its last, so that
     generate(ids[:, -1:], n, state=state) goes on where this call stopped.
 
-    On CUDA the step, with the choice of its token, is captured into a graph and replayed. The host looks at the device
+    On CUDA the step, with the choice of its token, is captured into a graph and replayed, if there are at least 19
+    tokens to make. The host looks at the device
     at every token if `stop` or `stream` is given, else at every 16th: up to 15 tokens may be computed in vain after the
     last row ended at `eos_token_id`, and are dropped.
     """
@@ -81,7 +82,7 @@ def generate(
         )  # fmt: skip
         run.prepare()
         run.take(output.logits[:, 0])
-        advance = Replay(run.advance, graphs)
+        advance = Replay(run.advance, graphs, max_new_tokens - 1)
         while True:
             token = run.record()
             if stops.asked:

@@ -1,5 +1,9 @@
 """Generation with its step recorded once and replayed, by a stand-in for CUDA graphs that runs on a CPU."""
 
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from pyseq import testing
 from pyseq._library import REGISTRY
-from pyseq.models import generation
-from pyseq.models.replay import WARM, Replay
+from pyseq.models import generation, replay
+from pyseq.models.replay import WARM, WORTH, Replay, graphs_for
 
 IDS = torch.arange(14).reshape(2, 7) * 5 % 61
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")  # results on the host
@@ -80,14 +84,78 @@ def stand(monkeypatch):
 
 def test_the_third_call_records_and_later_ones_replay():
     stand, counter = Stand(), torch.zeros(())
-    replay = Replay(lambda: counter.add_(1), stand)
+    add = Replay(lambda: counter.add_(1), stand, WARM + WORTH)
     for n in range(1, 6):
-        replay()
+        add()
         assert counter.item() == n
     assert stand.log == ["warm"] * WARM + ["record"] + ["replay"] * 3
-    eager = Replay(lambda: counter.add_(1), None)
-    eager()
-    assert counter.item() == 6
+    for eager in (Replay(lambda: counter.add_(1), None, 99), Replay(lambda: counter.add_(1), stand, WARM + WORTH - 1)):
+        for _ in range(WARM + 1):
+            eager()
+    assert counter.item() == 5 + 2 * (WARM + 1) and len(stand.log) == WARM + 4
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as far as a capture needs it, on no GPU."""
+    made = SimpleNamespace(streams=[], captures=[], emptied=0)
+
+    class Graph:
+        def capture_begin(self, pool=None, capture_error_mode="global"):
+            assert capture_error_mode == "thread_local"
+            made.captures.append(self)
+            self.shared, self.ended = pool, False
+
+        def capture_end(self):
+            self.ended = True
+
+        def pool(self):
+            return self.shared or (id(self), 0)
+
+        def replay(self):
+            assert self.ended
+
+    def stream(device):
+        made.streams.append(device)
+        return f"stream {len(made.streams)}"
+
+    def empty():
+        made.emptied += 1
+
+    replaced = {"Stream": stream, "CUDAGraph": Graph, "empty_cache": empty}
+    for name, value in (replaced | {"stream": lambda s: nullcontext(), "device": lambda d: nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(replay, "_MADE", replay._Made())
+    return made
+
+
+def test_graphs_share_one_stream_and_one_pool_per_thread_and_device(cuda):
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert graphs_for(torch.device("cpu")) is None
+    for device in (first, second, first, second):
+        graphs_for(device).record(lambda: None)()
+    other = threading.Thread(target=lambda: graphs_for(first).record(lambda: None))
+    other.start()
+    other.join()
+    assert cuda.streams == [first, second, first]
+    a, b, again_a, again_b, elsewhere = cuda.captures
+    assert again_a.shared == a.pool() and again_b.shared == b.pool() != a.pool()
+    assert a.shared is b.shared is elsewhere.shared is None and cuda.emptied == 0
+
+
+def test_a_capture_that_finds_no_memory_is_made_again_after_emptying_the_cache(cuda):
+    graphs = replay.CudaGraphs(torch.device("cuda:0"))
+    fails = [torch.OutOfMemoryError(), ValueError("another")]
+
+    def function():
+        if fails:
+            raise fails.pop(0)
+
+    with pytest.raises(ValueError, match="another"):
+        graphs.record(function)
+    assert cuda.emptied == 1 and all(graph.ended for graph in cuda.captures) and graphs.last is None
+    graphs.record(function)()
+    assert graphs.last is cuda.captures[2]
 
 
 OPTIONS = {

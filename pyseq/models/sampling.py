@@ -25,12 +25,11 @@ def candidates(
         scaled, ids = scaled.topk(top_k)
         weights = weigh(scaled)
         return (within(weights, weights.sum(-1, keepdim=True), top_p)[0] if top_p < 1 else weights), ids
-    weights = weigh(scaled)
     if top_p >= 1:
-        return weights, None
+        return weigh(scaled), None
     # Sorting a whole vocabulary costs more than a small model's step; the nucleus is mostly among the first few. On a
     # GPU to look whether it is costs more, and a captured graph cannot look.
-    total = weights.sum(-1, keepdim=True)
+    total = weigh(scaled).sum(-1, keepdim=True)
     n = min(vocab, 64) if scaled.device.type == "cpu" else vocab
     while True:
         values, ids = scaled.topk(n) if n < vocab else scaled.sort(descending=True)
@@ -46,7 +45,7 @@ def weigh(scaled: torch.Tensor) -> torch.Tensor:
     Whole numbers, because their sums do not depend on the order: those of floats over a row differ from run to run on a
     GPU. The largest of a row, at 0, weighs 2^40; a vocabulary below 2^23 does not overflow.
     """
-    return (scaled.exp() * 2.0**40).long()
+    return scaled.exp().mul_(2.0**40).long()
 
 
 def within(weights: torch.Tensor, total: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ namespace pyseq {
 namespace {
 
 constexpr int kInfinity = 0x7f800000;
+constexpr int kAtOnce = 4;   // segments whose carries are on their way together
 
 __global__ void __launch_bounds__(kThreads, 4) selective_scan_backward_carry_kernel(SelectiveScan s, Workspace w) {
   Shared& m = *dynamic_smem<Shared>();   // up to p
@@ -53,19 +54,33 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_backward_carry_ker
 __global__ void __launch_bounds__(kThreads) selective_scan_backward_join_kernel(SelectiveScan s, Workspace w) {
   const Place at(s, w, blockIdx.x * w.segments);
   const int slice = int(blockIdx.y);
-  Tile A, own, behind = {};
+  const int64_t first = at.unit * w.segments, stride = w.slices * kTileFloats;
+  float* const carry = w.carry + slice * kTileFloats;
+  Tile A, behind = {};
   load_A(A, at, slice);
-  for (int64_t i = (at.unit + 1) * w.segments - 2; i >= at.unit * w.segments; --i) {
-    float* const carry = w.carry + (i * w.slices + slice) * kTileFloats;
-    const Vec<4> decay = load_vec<4>(w.decay + (i + 1) * kThreads + 4 * at.quad);
-    load_own(own, carry);
+#pragma unroll 1
+  for (int64_t last = first + w.segments - 2; last >= first; last -= kAtOnce) {
+    Tile own[kAtOnce];
+    Vec<4> decay[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      const int c = k / 4, n = k % 4;
-      const float joined = fmaf(ex2(decay[c] * A[c][n]), behind[c][n], own[c][n]);
-      behind[c][n] = decay[c] == __int_as_float(kInfinity) ? own[c][n] : joined;   // joined may be NaN then
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (last - k < first) break;
+      decay[k] = load_vec<4>(w.decay + (last - k + 1) * kThreads + 4 * at.quad);
+      load_own(own[k], carry + (last - k) * stride);
     }
-    store_own(carry, behind);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (last - k < first) break;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int c = i / 4, n = i % 4;
+        // Half the exponent at a time, as in the forward: zeros stay zeros, and a large factor of a small g is not lost.
+        const float root = ex2(0.5f * decay[k][c] * A[c][n]);
+        const bool alone = decay[k][c] == __int_as_float(kInfinity) || behind[c][n] == 0.f;
+        behind[c][n] = alone ? own[k][c][n] : fmaf(root, root * behind[c][n], own[k][c][n]);
+      }
+      store_own(carry + (last - k) * stride, behind);
+    }
   }
 }
 

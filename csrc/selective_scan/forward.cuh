@@ -41,7 +41,8 @@ template <int L> struct Floats {
 // Then come the streams. dt, B and C are converted before the next tile is asked for, so they wait in one place; u and z
 // have two.
 struct Layout {
-  Stream dt, u, z, B, C;
+  Stream rows[3];     // dt, u, z
+  Stream shared[2];   // B, C
   bool wide_y;
   int bytes;
 };
@@ -62,18 +63,18 @@ template <int L> Layout layout(const SelectiveScan& s) {
   const auto shared = [&](const View& x) {
     return Stream{x, vectorisable(x, 4, 3), take(kShared<L> * size_of(x.type)), 0};
   };
-  at.dt = rows(s.dt, 1);
-  at.u = rows(s.u, 2);
-  at.z = rows(s.z, 2);
-  at.B = shared(s.B);
-  at.C = shared(s.C);
+  at.rows[0] = rows(s.dt, 1);
+  at.rows[1] = rows(s.u, 2);
+  at.rows[2] = rows(s.z, 2);
+  at.shared[0] = shared(s.B);
+  at.shared[1] = shared(s.C);
   at.wide_y = aligned && vectorisable(s.y, 4, 2);
   return at;
 }
 
 struct Plan {
   int tiles, slices;   // of a row; of the states
-  int splits, chunk;   // chunks of a row, and their tokens
+  int splits, chunk;   // chunks of a row, and their tokens: never 0, since chunks are counted by it
   float* states;       // [B, splits, D, N]: what chunks end and begin with, and the slices that wait
   float* steps;        // [B, splits, D]
   Layout layout;
@@ -93,7 +94,7 @@ template <int L> Plan plan(const SelectiveScan& s) {
   p.tiles = int(s.groups) * tiles_of_group<L>(int(s.dim / s.groups));
   p.slices = int((s.states + kTileStates<L> - 1) / kTileStates<L>);
   const int64_t piece = splits_of(s.batch * p.tiles, s.time) * kChunk, chunk = (s.time + piece - 1) / piece * kChunk;
-  p.chunk = int(chunk);
+  p.chunk = int(s.time ? chunk : kChunk);
   p.splits = s.time ? int((s.time + chunk - 1) / chunk) : 1;
   p.layout = layout<L>(s);
   return p;

@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
       cp_async_wait_all();
       __syncwarp();   // the tile before has been read
       if (slice == 0) tokens.convert_rows(t, stage, steps);
-      tokens.convert_shared(p.layout.B, Floats<L>::kB);
-      if (kOutput) tokens.convert_shared(p.layout.C, Floats<L>::kC);
+      tokens.convert_shared(p.layout.shared[0], Floats<L>::kB);
+      if (kOutput) tokens.convert_shared(p.layout.shared[1], Floats<L>::kC);
       if (slice + 1 < slices) {
         tokens.template fetch_shared<kOutput>(t, slice + 1);
       } else if (t + kTokens<L> < end) {

@@ -53,10 +53,9 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_step_kernel(Select
       if (s.dt_softplus) delta[c] = softplus(delta[c]);
       du[c] *= delta[c];
     }
-    const Vec<4> more = advance(h, A, delta, du, B, C);
+    Vec<4> more = advance(h, A, delta, du, B, C);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      y[c] += more[c];
       T* const to = state + c * s.state.stride[1];
       if (whole) {
         store_vec<4>(to, Vec<4>{h.v[c][0], h.v[c][1], h.v[c][2], h.v[c][3]});
@@ -66,8 +65,11 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_step_kernel(Select
           if (n < at.states) store(to + n, h.v[c][n]);
       }
     }
+    // Slice by slice, as the forward sums them: the same bits.
+    sum_over_states<L>(more, lane);
+#pragma unroll
+    for (int i = 0; i < kSums<L>; ++i) y[i] = slice ? y[i] + more[i] : more[i];
   }
-  sum_over_states<L>(y, lane);
 #pragma unroll
   for (int i = 0; i < kSums<L>; ++i) {
     const int c = lane / L * 4 + sums_from<L>(lane) + i;

@@ -71,29 +71,27 @@ template <int L> struct Tokens {
 
   // What comes next is on its way while this tile is computed. One copy of the code serves all tensors.
   template <bool kOutput> __device__ __forceinline__ void fetch_rows(int begin, int stage) const {
-    const Stream* const streams = &at.dt;
 #pragma unroll 1
     for (int i = 0; i < (kOutput && s.z ? 3 : 2); ++i) {
-      const View& x = streams[i].x;
+      const View& x = at.rows[i].x;
       const int64_t offset = walk().row * x.stride[0] + (begin + first()) * x.stride[1] + channel();
-      fetch<kPasses, L>(streams[i], stage, offset, left(begin) - first(), channels());
+      fetch<kPasses, L>(at.rows[i], stage, offset, left(begin) - first(), channels());
     }
   }
   template <bool kOutput> __device__ __forceinline__ void fetch_shared(int begin, int slice) const {
     if (kFours == 1 && lane * 4 >= kShared<L>) return;
-    const Stream* const streams = &at.B;
     const int token = lane / L, state = slice * kTileStates<L> + lane % L * 4;
 #pragma unroll 1
     for (int i = 0; i < (kOutput ? 2 : 1); ++i) {
-      const View& x = streams[i].x;
+      const View& x = at.shared[i].x;
       const int64_t offset = walk().row * x.stride[0] + (begin + token) * x.stride[1] + walk().tile.group * x.stride[2] + state;
-      fetch<kFours, 32 / L>(streams[i], 0, offset, left(begin) - token, within(4, int(s.states) - state));
+      fetch<kFours, 32 / L>(at.shared[i], 0, offset, left(begin) - token, within(4, int(s.states) - state));
     }
   }
 
   // delta and du of the tile; adds delta to sums. Tokens after the end get delta = du = 0, which leaves h as it is.
   __device__ __forceinline__ void convert_rows(int begin, int stage, Vec<4>& sums) const {
-    const View dt = raw(at.dt), u = raw(at.u, stage);
+    const View dt = raw(at.rows[0]), u = raw(at.rows[1], stage);
     const Vec<4> bias = of_channels(s.dt_bias);
     const int rows = left(begin) - first();
 #pragma unroll 1
@@ -122,7 +120,7 @@ template <int L> struct Tokens {
 
   // y of the tile, with skip and gate.
   __device__ __forceinline__ void store_rows(int begin, int stage) const {
-    const View u = raw(at.u, stage), z = raw(at.z, stage);
+    const View u = raw(at.rows[1], stage), z = raw(at.rows[2], stage);
     const Vec<4> D = of_channels(s.D);
     const int rows = left(begin) - first();
     int64_t to = walk().row * s.y.stride[0] + (begin + first()) * s.y.stride[1] + channel();

@@ -163,7 +163,26 @@ def test_a_gradient_that_overflows_stays_in_its_sequence(backend):
 
 
 @on_backends
-@pytest.mark.parametrize("ends", [[0, 1100], [0, 320, 320, 960, 1100]])
+def test_no_gradient_behind_a_cut_stays_none_however_much_it_would_grow(backend):
+    """exp(A sum delta) over a cut of a row overflows; what it multiplies is zero."""
+    arguments = drawn(1, 1100, 3, 4) | {"state": None, "u": torch.zeros(1, 1100, 3), "return_state": False}
+    arguments |= {"A": torch.full((3, 4), 0.5), "dt": torch.ones(1, 1100, 3), "dt_bias": None, "dt_softplus": False}
+    names = ("u", "dt", "A", "B", "C", "D", "z")
+
+    def found(op, given):
+        leaves = [given[n].detach().requires_grad_() for n in names]
+        y = op(*leaves)
+        return dict(zip(names, torch.autograd.grad(y[:, :20].sum(), leaves), strict=True))
+
+    with on(backend) as device:
+        grads = found(pyseq.selective_scan, prepare(arguments, device, requires_grad=False))
+    exact_grads = found(pyseq.reference.selective_scan, {n: arguments[n].double() for n in names})
+    for name, grad in grads.items():
+        assert_close(grad, exact_grads[name], f"gradient of {name}", "gradient")
+
+
+@on_backends
+@pytest.mark.parametrize("ends", [[0, 1100], [0, 320, 320, 960, 1100], [0, 2600], [0, 2100, 2570]])
 def test_gradients_that_fade_slowly_cross_the_cuts_of_time(ends, backend):
     arguments = packed(ends, dim=3)
     arguments["A"] *= 0.01
@@ -221,9 +240,11 @@ def test_huge_and_tiny_steps(dt, backend):
 
 
 @pytest.mark.parametrize("namespace", ["pyseq", *(["pyseq_simt"] if "simt" in BACKENDS else [])])
-@pytest.mark.parametrize(("batch", "time", "dim"), [(0, 5, 3), (2, 0, 3), (1, 70, 0), (2, 5, 0), (0, 0, 0)])
-def test_an_axis_of_size_zero_runs_forward_and_backward(batch, time, dim, namespace):
-    arguments = drawn(batch, time, dim)
+@pytest.mark.parametrize(("batch", "time", "dim", "states"), [
+    (0, 5, 3, 3), (2, 0, 3, 3), (2, 0, 3, 66), (1, 70, 0, 3), (2, 5, 0, 3), (0, 0, 0, 3),
+])
+def test_an_axis_of_size_zero_runs_forward_and_backward(batch, time, dim, states, namespace):
+    arguments = drawn(batch, time, dim, states)
     with _library.use_namespace(namespace):   # not on(): with no channel nothing is launched
         outputs, grads = gradients(pyseq.selective_scan, prepare(arguments, "cpu", requires_grad=True))
     exact_outputs, exact_grads = exact(arguments)
@@ -306,6 +327,20 @@ def test_a_bfloat16_state_is_rounded_once(states, dim, backend):
     else:
         assert_close(y, whole[:, 0].double(), "y")
         assert_close(state, last.double(), "state")
+
+
+@on_backends
+@pytest.mark.parametrize("states", [3, 16, 64, 66, 100, 130])
+def test_a_step_is_a_sequence_of_one_token_bit_for_bit(states, backend):
+    arguments = drawn(3, 1, 9, states)
+    with on(backend) as device:
+        given = prepare(arguments, device, requires_grad=False)
+        rows = {n: given[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
+        options = {n: given[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
+        state = given["state"].clone()
+        y = pyseq.selective_scan_step(state, **rows, **options)
+        whole, last = pyseq.selective_scan(**given)
+    assert torch.equal(y, whole[:, 0]) and torch.equal(state, last)
 
 
 @on_backends

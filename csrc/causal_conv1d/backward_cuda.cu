@@ -91,10 +91,10 @@ __device__ __forceinline__ void piece(const CausalConv1dBackward& g, const Taps<
 template <class E, int width>
 __global__ void __launch_bounds__(kConvThreads, 3) causal_conv1d_backward_kernel(CausalConv1dBackward g) {
   const CausalConv1d& c = g.forward;
-  const int64_t warp = warp_of_grid(), runs = c.runs * warps_across<n>(c.D);
-  if (warp >= runs) return edges<E, false>(g, unit_of<1>(warp - runs, c.D));
-  const Unit u = unit_of<n>(warp, c.D);
-  if (u.d >= c.D) return;
+  const int64_t warp = warp_of_grid(), ends = c.S * warps_across<1>(c.D);
+  if (warp < ends) return edges<E, width>(g, unit_of<1>(warp, c.D));
+  const Unit u = unit_of<n>(warp - ends, c.D);
+  if (u.index >= c.runs || u.d >= c.D) return;
   const Run run = run_at(c, u.index);
   if (invalid(c)) return fill_nan<E, n>(g.dx, run, u.d);
   const Taps<n, width> taps = taps_of<n, width>(c, u.d);

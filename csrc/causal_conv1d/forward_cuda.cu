@@ -29,24 +29,42 @@ __device__ __forceinline__ void tile(const CausalConv1d& c, const Taps<n, width>
   for (int k = 0; k < width - 1; ++k) last[k] = window[rows + k];
 }
 
-// The last W-1 samples of a sequence, from before its beginning where it is shorter.
+// The last W-1 samples of a sequence, from before its beginning where it is shorter. kAtOnce are read before any is
+// written.
 template <class E> __device__ __forceinline__ void keep_state(const CausalConv1d& c, const Unit& u) {
-  if (!c.new_state || u.index >= c.S || u.d >= c.D) return;
+  constexpr int kAtOnce = 3;
+  if (u.d >= c.D) return;
   const bool unknown = invalid(c);
   const Sequence s = unknown ? Sequence{u.index, 0, 0, 0} : sequence(c, u.index);
 #pragma unroll 1
-  for (int64_t t = 1 - c.W; t < 0; ++t) {
-    c.new_state[s.in_state(c, t, u.d)] = unknown ? NAN : sample<E, 1>(c, s, s.T + t, u.d)[0];
+  for (int64_t first = 1 - c.W; first < 0; first += kAtOnce) {
+    float kept[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t t = s.T + first + i;
+      kept[i] = first + i < 0 && t >= 0 ? load(row<const E>(c.x, s, t, u.d)) : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t t = s.T + first + i;
+      if (first + i >= 0) continue;
+      if (t < 0) kept[i] = unknown ? NAN : sample<E, 1>(c, s, t, u.d)[0];
+      c.new_state[s.in_state(c, first + i, u.d)] = kept[i];
+    }
   }
+}
+
+__host__ __device__ __forceinline__ int64_t warps_of_ends(const CausalConv1d& c) {
+  return c.new_state ? c.S * warps_across<1>(c.D) : 0;
 }
 
 template <class E, int width>
 __global__ void __launch_bounds__(kConvThreads, 4) causal_conv1d_kernel(CausalConv1d c) {
   constexpr int n = 16 / sizeof(E);
-  const int64_t warp = warp_of_grid(), runs = c.runs * warps_across<n>(c.D);
-  if (warp >= runs) return keep_state<E>(c, unit_of<1>(warp - runs, c.D));
-  const Unit u = unit_of<n>(warp, c.D);
-  if (u.d >= c.D) return;
+  const int64_t warp = warp_of_grid(), ends = warps_of_ends(c);
+  if (warp < ends) return keep_state<E>(c, unit_of<1>(warp, c.D));
+  const Unit u = unit_of<n>(warp - ends, c.D);
+  if (u.index >= c.runs || u.d >= c.D) return;
   const Run run = run_at(c, u.index);
   if (invalid(c)) return fill_nan<E, n>(c.y, run, u.d);
   const Taps<n, width> taps = taps_of<n, width>(c, u.d);
@@ -67,10 +85,10 @@ __global__ void __launch_bounds__(kConvThreads, 4) causal_conv1d_kernel(CausalCo
 
 template <class E>
 __global__ void __launch_bounds__(kConvThreads, 8) causal_conv1d_any_kernel(CausalConv1d c) {
-  const int64_t warp = warp_of_grid(), runs = c.runs * warps_across<1>(c.D);
-  if (warp >= runs) return keep_state<E>(c, unit_of<1>(warp - runs, c.D));
-  const Unit u = unit_of<1>(warp, c.D);
-  if (u.d >= c.D) return;
+  const int64_t warp = warp_of_grid(), ends = warps_of_ends(c);
+  if (warp < ends) return keep_state<E>(c, unit_of<1>(warp, c.D));
+  const Unit u = unit_of<1>(warp - ends, c.D);
+  if (u.index >= c.runs || u.d >= c.D) return;
   const Run run = run_at(c, u.index);
   if (invalid(c)) return fill_nan<E, 1>(c.y, run, u.d);
   each_piece(c, run, [&](const Sequence& s, int64_t begin, int64_t end) {
@@ -82,7 +100,7 @@ __global__ void __launch_bounds__(kConvThreads, 8) causal_conv1d_any_kernel(Caus
 }
 
 template <int n, auto kernel> int launch_runs(const CausalConv1d& c, void* stream) {
-  const int64_t warps = c.runs * warps_across<n>(c.D) + (c.new_state ? c.S * warps_across<1>(c.D) : 0);
+  const int64_t warps = warps_of_ends(c) + c.runs * warps_across<n>(c.D);
   return warps ? launch<kernel>(conv_grid(warps), dim3(kConvThreads), 0, stream, c) : 0;
 }
 

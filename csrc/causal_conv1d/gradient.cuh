@@ -1,52 +1,73 @@
-// What both backward kernels share: e of one token, and the samples whose gradients a run does not write.
+// What both backward kernels share, and the samples whose gradients a run does not write.
 #pragma once
 #include "causal_conv1d/update.cuh"
 
 namespace pyseq {
 namespace {
 
-template <class E>
-__device__ __forceinline__ float e_at(const CausalConv1dBackward& g, const Sequence& s, int64_t t, int64_t d) {
+// dx of W-1 samples at one end of a sequence, one channel a thread: of those before its first token (dstate), or of its
+// last. The W-1 tokens at that end give all the e that takes; what they read is loaded before any of it is used.
+template <class E, int width, bool start>
+__device__ __forceinline__ void edge(const CausalConv1dBackward& g, const Sequence& s, const Taps<1, width>& taps,
+                                     int64_t d) {
   const CausalConv1d& c = g.forward;
-  const float dy = load(row<const E>(g.dy, s, t, d));
-  return c.silu ? dy * silu_grad(convolve_any<E>(c, s, t, d)) : dy;
+  constexpr int before = width - 1;
+  const int64_t first = start ? 0 : s.T - before;   // of the tokens
+  Vec<1> x[2 * before];
+  float e[before];
+#pragma unroll
+  for (int i = 0; i < 2 * before; ++i) {
+    const int64_t t = first - before + i;
+    x[i][0] = t >= 0 && t < s.T ? load(row<const E>(c.x, s, t, d)) : 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < before; ++i) {
+    const int64_t t = first + i;
+    e[i] = t >= 0 && t < s.T ? load(row<const E>(g.dy, s, t, d)) : 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * before; ++i) {
+    const int64_t t = first - before + i;
+    if (t < 0 && t >= -before) x[i] = sample<E, 1>(c, s, t, d);
+  }
+  if (c.silu) {
+#pragma unroll
+    for (int i = 0; i < before; ++i) e[i] *= silu_grad(convolve<1, width>(taps, x + i)[0]);
+  }
+#pragma unroll
+  for (int i = 0; i < before; ++i) {
+    const int64_t j = start ? i - before : first + i;
+    float dx = 0.f;
+#pragma unroll
+    for (int k = 0; k < width; ++k) {   // newest e first
+      const int token = start ? i - k : i + before - k;
+      const bool exists = first + token >= 0 && first + token < s.T;
+      if (token >= 0 && token < before && exists) dx = fmaf(taps.weight[k][0], e[token], dx);
+    }
+    if (!start && j < 0) continue;
+    if (g.dnew_state && j >= s.T - before) dx += g.dnew_state[s.in_state(c, j - s.T, d)];
+    if (start) g.dstate[s.in_state(c, j, d)] = dx;
+    else store(row<E>(g.dx, s, j, d), dx);
+  }
 }
 
-// dx of sample j, newest e first. stored: e lies in memory; else it is computed again.
-template <class E, bool stored>
-__device__ __forceinline__ float dx_at(const CausalConv1dBackward& g, const Sequence& s, int64_t j, int64_t d) {
+// Both ends: dstate, and dx of the last W-1 samples, which dnew_state adds to.
+template <class E, int width> __device__ __forceinline__ void edges(const CausalConv1dBackward& g, const Unit& u) {
   const CausalConv1d& c = g.forward;
-  const int64_t newest = j + c.W - 1;   // the last token that sees sample j
-  float dx = 0.f;
-  for (int64_t k = max(newest - s.T + 1, int64_t(0)); k < c.W && k <= newest; ++k) {
-    const int64_t t = newest - k;
-    const float e = stored ? g.e[(s.batch * c.T + s.first + t) * c.D + d] : e_at<E>(g, s, t, d);
-    dx = fmaf(c.weight[d * c.W + k], e, dx);
+  if (u.d >= c.D) return;
+  if (invalid(c)) {
+    for (int k = 1 - width; g.dstate && k < 0; ++k) g.dstate[Sequence{u.index, 0, 0, 0}.in_state(c, k, u.d)] = NAN;
+    return;
   }
-  return dx;
-}
-
-// The two ends of a sequence, one channel a thread: dstate, and dx of the last W-1 samples, which dnew_state adds to.
-template <class E, bool stored> __device__ __forceinline__ void edges(const CausalConv1dBackward& g, const Unit& u) {
-  const CausalConv1d& c = g.forward;
-  if (u.index >= c.S || u.d >= c.D) return;
-  const bool unknown = invalid(c);
-  const Sequence s = unknown ? Sequence{u.index, 0, 0, 0} : sequence(c, u.index);
-  const int64_t before = c.W - 1;
-#pragma unroll 1
-  for (int64_t i = 0; i < 2 * before; ++i) {   // before the first token, then among the last
-    const int64_t j = i < before ? i - before : s.T - 2 * before + i;
-    if (j < 0 && (i >= before || !g.dstate)) continue;
-    float dx = unknown ? NAN : dx_at<E, stored>(g, s, j, u.d);
-    if (g.dnew_state && j >= s.T - before) dx += g.dnew_state[s.in_state(c, j - s.T, u.d)];
-    if (j >= 0) store(row<E>(g.dx, s, j, u.d), dx);
-    else g.dstate[s.in_state(c, j, u.d)] = dx;
-  }
+  const Sequence s = sequence(c, u.index);
+  const Taps<1, width> taps = taps_of<1, width>(c, u.d);
+  edge<E, width, false>(g, s, taps, u.d);
+  if (g.dstate) edge<E, width, true>(g, s, taps, u.d);
 }
 
 template <int n, auto kernel> int launch_runs(const CausalConv1dBackward& g, void* stream) {
   const CausalConv1d& c = g.forward;
-  const int64_t warps = c.runs * warps_across<n>(c.D) + c.S * warps_across<1>(c.D);
+  const int64_t warps = c.S * warps_across<1>(c.D) + c.runs * warps_across<n>(c.D);
   return warps ? launch<kernel>(conv_grid(warps), dim3(kConvThreads), 0, stream, g) : 0;
 }
 

@@ -10,7 +10,8 @@ namespace {
 constexpr int kConvThreads = 128, kConvWarps = kConvThreads / 32;
 
 // A warp has 32 n neighbouring channels of one run or one sequence. Warps are numbered with the channels innermost, so
-// that warps of a block read neighbouring memory.
+// that warps of a block read neighbouring memory. Those of the ends of sequences come first: each waits for scattered
+// loads, in the shadow of the runs.
 template <int n> constexpr int64_t warps_across(int64_t D) { return (D + 32 * n - 1) / (32 * n); }
 __device__ __forceinline__ int64_t warp_of_grid() { return int64_t(blockIdx.x) * kConvWarps + threadIdx.x / 32; }
 inline dim3 conv_grid(int64_t warps) { return dim3(unsigned((warps + kConvWarps - 1) / kConvWarps)); }
@@ -77,13 +78,16 @@ __device__ __forceinline__ Vec<n> sample(const CausalConv1d& c, const Sequence& 
 
 template <int n, int width> struct Taps { Vec<n> weight[width], bias; };
 
+// The taps of n channels are neighbours in memory: in accesses as wide as they fit.
 template <int n, int width> __device__ __forceinline__ Taps<n, width> taps_of(const CausalConv1d& c, int64_t d) {
-  Taps<n, width> taps;
+  constexpr int kTaps = n * width, kEach = kTaps % 4 == 0 ? 4 : kTaps % 2 == 0 ? 2 : 1;
+  Taps<n, width> taps{};
+  if (c.bias) taps.bias = load_vec<n>(c.bias + d);
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    taps.bias[i] = c.bias ? c.bias[d + i] : 0.f;
+  for (int j = 0; j < kTaps; j += kEach) {
+    const Vec<kEach> some = load_vec<kEach>(c.weight + d * width + j);
 #pragma unroll
-    for (int k = 0; k < width; ++k) taps.weight[k][i] = c.weight[(d + i) * width + k];
+    for (int i = 0; i < kEach; ++i) taps.weight[(j + i) % width][(j + i) / width] = some[i];
   }
   return taps;
 }
@@ -118,9 +122,10 @@ template <class E, int n> __device__ __forceinline__ void fill_nan(const View& y
   for (int64_t t = run.begin; t < run.end; ++t) store_vec<n>(row<E>(y, {0, run.batch, 0, 0}, t, d), nan);
 }
 
-// Whether kernels that are specialised for a width may run: whole vectors of n channels, each one access.
+// Whether kernels that are specialised for a width may run: whole vectors of n channels, each one access, and of taps.
 inline bool specialised(const CausalConv1d& c, int n, const View& x, const View& y) {
-  return c.W >= 2 && c.W <= 4 && c.D % n == 0 && vectorisable(x, n, 2) && vectorisable(y, n, 2);
+  const bool aligned = (reinterpret_cast<uintptr_t>(c.weight) | reinterpret_cast<uintptr_t>(c.bias)) % 16 == 0;
+  return c.W >= 2 && c.W <= 4 && c.D % n == 0 && aligned && vectorisable(x, n, 2) && vectorisable(y, n, 2);
 }
 
 }  // namespace

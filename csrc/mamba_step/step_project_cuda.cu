@@ -12,6 +12,11 @@ namespace {
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kLaneChannels = 8, kWarpChannels = 32 * kLaneChannels;
 static_assert(kWarps * kWarpChannels == kMambaChunk);
 
+// Where the four channels of one half of a lane's eight lie among u: as far apart as keeps lanes that store or load at
+// once in different banks.
+__device__ __forceinline__ int slot(int lane, int half) {
+  return half * (kWarpChannels / 2) + (lane ^ half * kLaneChannels / 2) * (kLaneChannels / 2);
+}
 
 template <class T, int kBatch>
 __device__ __forceinline__ void products(const MambaStep& s, const float* u_of_warp, bool vectorised, int64_t split,
@@ -23,7 +28,14 @@ __device__ __forceinline__ void products(const MambaStep& s, const float* u_of_w
   const int64_t left = s.dim - channel, outputs = s.outputs(), rounds = (outputs + kOut - 1) / kOut;
   Vec<kLaneChannels> u[kBatch];
 #pragma unroll
-  for (int b = 0; b < kBatch; ++b) u[b] = load_vec<kLaneChannels>(u_of_warp + b * kWarpChannels + lane * kLaneChannels);
+  for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Vec<kLaneChannels / 2> some = load_vec<kLaneChannels / 2>(u_of_warp + b * kWarpChannels + slot(lane, half));
+#pragma unroll
+      for (int i = 0; i < kLaneChannels / 2; ++i) u[b][half * kLaneChannels / 2 + i] = some[i];
+    }
+  }
   int buffer = 0;
   for (int64_t round = split; round < rounds; round += splits, buffer ^= 1) {
     Vec<kLaneChannels> w[kOut];
@@ -78,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2) mamba_step_project_kernel(MambaSt
       for (int b = 0; b < kBatch; ++b) {
         const int64_t row = first + b < s.batch ? first + b : s.batch - 1;
         const float at_row = convolve<false, X, S>(s, c, row, channel);
-        u[b * kWarpChannels + i] = own < s.dim ? at_row : 0.f;
+        u[b * kWarpChannels + slot(i / 8, i / 4 % 2) + i % 4] = own < s.dim ? at_row : 0.f;
       }
     }
   });

@@ -11,20 +11,20 @@ namespace {
 
 template <class E> struct Row {
   const RmsNormGatedBackward& a;
-  int64_t dy, s, z, dsum, dx, dz, dresidual, last;
+  Outer outer;   // where the row lies in each tensor is computed where it is used: that takes fewer registers
+  int64_t last;
   float r;
 
   struct Loaded { Raw dy, s, z; };
 
-  __device__ __forceinline__ Row(const RmsNormGatedBackward& args, const Outer& outer, int64_t last_, float rstd)
-      : a(args), dy(outer.in(a.dy)), s(outer.in(a.s)), z(outer.in(a.z)), dsum(outer.in(a.dsum)), dx(outer.in(a.dx)),
-        dz(outer.in(a.dz)), dresidual(outer.in(a.dresidual)), last(last_), r(rstd) {}
-
+  __device__ __forceinline__ Raw raw(const View& x, int64_t d) const {
+    return load_raw<E>(x, outer.in(x) + d, last - d);
+  }
   __device__ __forceinline__ Loaded load(int64_t d) const {
     Loaded in;
-    in.dy = load_raw<E>(a.dy, dy + d, last - d);
-    in.s = load_raw<E>(a.s, s + d, last - d);
-    if (a.z) in.z = load_raw<E>(a.z, z + d, last - d);
+    in.dy = raw(a.dy, d);
+    in.s = raw(a.s, d);
+    if (a.z) in.z = raw(a.z, d);
     return in;
   }
   // The part of dw: dy s r silu(z) in either order. dot += w times it.
@@ -45,7 +45,7 @@ template <class E> struct Row {
   __device__ __forceinline__ void data(const Loaded& in, int64_t d, float mean) const {
     const bool first = a.z && !a.norm_before_gate;   // the gate before the norm
     Raw arriving;
-    if (a.dsum) arriving = load_raw<E>(a.dsum, dsum + d, last - d);
+    if (a.dsum) arriving = raw(a.dsum, d);
     const Vec<n> sv = unpack<E>(in.s, a.s.type), w = load_floats<E>(a.weight + d, last - d);
     Vec<n> ds = unpack<E>(in.dy, a.dy.type);
     if (a.z) {
@@ -58,7 +58,7 @@ template <class E> struct Row {
         dzv[i] = (first ? dv * sv[i] : ds[i] * w[i] * x_hat) * silu_grad(dzv[i]);
         ds[i] = first ? dv * gate : dv;
       }
-      store_as<E>(a.dz, dz + d, dzv, last - d);
+      store_as<E>(a.dz, outer.in(a.dz) + d, dzv, last - d);
     } else {
 #pragma unroll
       for (int i = 0; i < n; ++i) ds[i] = (ds[i] * w[i] - sv[i] * r * mean) * r;
@@ -68,26 +68,32 @@ template <class E> struct Row {
 #pragma unroll
       for (int i = 0; i < n; ++i) ds[i] += more[i];
     }
-    store_as<E>(a.dx, dx + d, ds, last - d);
-    if (a.dresidual) store_as<E>(a.dresidual, dresidual + d, ds, last - d);
+    store_as<E>(a.dx, outer.in(a.dx) + d, ds, last - d);
+    if (a.dresidual) store_as<E>(a.dresidual, outer.in(a.dresidual) + d, ds, last - d);
   }
 };
 
+// With 96 registers a thread, 640 threads are resident: two blocks for groups of 5120, of which one works while the
+// other waits at its barriers. The kernel for tensors that are not whole vectors would spill.
+constexpr int kResident = 640;
+template <class E> constexpr int kBound = vectorised<E> ? kResident : kNormMost;
+
 template <class E>
-__global__ void __launch_bounds__(kNormMost, 1)
+__global__ void __launch_bounds__(kBound<E>, 1)
 rms_norm_gated_backward_kernel(RmsNormGatedBackward a, int threads, unsigned groups) {
   const unsigned unit = norm_unit(threads);
   const int64_t block = unit / groups, group = unit % groups;
-  const int64_t end = min((block + 1) * a.rows_per_block, a.rows);   // threads beyond have no rows
+  const int64_t first = block * a.rows_per_block;
+  const unsigned turns = unsigned(a.rows_per_block);
+  const unsigned rows = unsigned(max(min(a.rows - first, a.rows_per_block), int64_t(0)));   // none for threads beyond
   const int64_t last = (group + 1) * a.group, step = int64_t(threads) * n;
   const int64_t begin = group * a.group + int64_t(norm_lane(threads)) * n;
-  float* const partial = a.partial + block * a.dim;
   Vec<n> dweight[kVectors]{};
   // As many turns for every thread, so that all of a warp meet in the sum.
-  for (int64_t i = 0; i < a.rows_per_block; ++i) {
-    const int64_t row = block * a.rows_per_block + i;
-    const bool exists = row < end;
-    const Row<E> at(a, Outer(exists ? row : 0, a.inner), last, exists ? a.rstd[row * groups + group] : 0.f);
+  for (unsigned i = 0; i < turns; ++i) {
+    const int64_t row = first + i;
+    const bool exists = i < rows;
+    const Row<E> at{a, Outer(exists ? row : 0, a.inner), last, exists ? a.rstd[row * groups + group] : 0.f};
     typename Row<E>::Loaded in[kVectors];
     float dot = 0.f;
 #pragma unroll
@@ -105,11 +111,11 @@ rms_norm_gated_backward_kernel(RmsNormGatedBackward a, int threads, unsigned gro
     for (int64_t d = begin + kVectors * step; exists && d < last; d += step) {
       Vec<n> part = at.dweight(at.load(d), d, dot);
       if (i > 0) {
-        const Vec<n> before = load_floats<E>(partial + d, last - d);
+        const Vec<n> before = load_floats<E>(a.partial + block * a.dim + d, last - d);
 #pragma unroll
         for (int j = 0; j < n; ++j) part[j] += before[j];
       }
-      store_floats<E>(partial + d, part, last - d);
+      store_floats<E>(a.partial + block * a.dim + d, part, last - d);
     }
     const float mean = norm_sum(dot, threads) / float(a.group);
 #pragma unroll 1
@@ -118,7 +124,7 @@ rms_norm_gated_backward_kernel(RmsNormGatedBackward a, int threads, unsigned gro
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int64_t d = begin + k * step;
-    if (block * a.rows_per_block < end && d < last) store_floats<E>(partial + d, dweight[k], last - d);
+    if (rows > 0 && d < last) store_floats<E>(a.partial + block * a.dim + d, dweight[k], last - d);
   }
 }
 
@@ -143,10 +149,16 @@ __global__ void __launch_bounds__(32 * kSlices) rms_norm_gated_sum_kernel(RmsNor
 
 }  // namespace
 
+// As many blocks as an H200 holds at once, so that none is left over for another wave.
+int64_t rms_norm_gated_rows_per_block(int64_t rows, int64_t dim, int64_t group) {
+  const int threads = norm_threads(group), block = norm_block(threads);
+  const int64_t units = 132 * (kResident / block) * (block / threads), blocks = max(units / (dim / group), int64_t(1));
+  return max((rows + blocks - 1) / blocks, int64_t(4));
+}
+
 int rms_norm_gated_backward_cuda(const RmsNormGatedBackward& a, void* stream) {
   const int64_t blocks = (a.rows + a.rows_per_block - 1) / a.rows_per_block;
   const unsigned groups = unsigned(a.dim / a.group);
-  if (!norm_fits(a.rows * groups)) return cudaErrorInvalidConfiguration;
   if (blocks > 0) {
     const int threads = norm_threads(a.group);
     const dim3 grid = norm_grid(blocks * groups, threads), block(unsigned(norm_block(threads)));

@@ -30,12 +30,15 @@ struct Rows {
 std::optional<Rows> rows_of(const OptionalTensor& t) { return t ? std::optional<Rows>(Rows(*t)) : std::nullopt; }
 View view_of(const std::optional<Rows>& rows) { return rows ? rows->view : View{}; }
 
-// Rows of one partial sum of dweight. CPU: at most 64 partial sums, of at least 16 rows. CUDA: 2^21 partial sums of one
-// channel, which have 2^17 threads, or of 4 rows.
-template <Twin twin> int64_t rows_per_block(int64_t rows, int64_t dim) {
-  if (twin == Twin::cpu) return rows <= 1024 ? 16 : (rows + 63) / 64;
-  const int64_t few = (rows * dim + (1 << 21) - 1) >> 21;
-  return few < 4 ? 4 : few;
+// Rows of one partial sum of dweight. CPU: at most 64 partial sums, of at least 16 rows. CUDA: at least 4 rows.
+template <Twin twin> int64_t rows_per_block(int64_t rows, int64_t dim, int64_t group) {
+  if constexpr (twin == Twin::cpu) return rows <= 1024 ? 16 : (rows + 63) / 64;
+  else return rms_norm_gated_rows_per_block(rows, dim, group);
+}
+
+template <Twin twin> void check_groups(int64_t groups) {
+  STD_TORCH_CHECK(twin == Twin::cpu || groups <= kRmsNormMostGroups, "rms_norm_gated on CUDA takes up to ",
+                  kRmsNormMostGroups, " groups, not ", groups);
 }
 
 template <Twin twin>
@@ -46,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   const std::optional<Rows> gate = rows_of(z), added = rows_of(residual);
   const Tensor w = as_float32(weight);
   const int64_t rows = in.outer * in.inner, dim = in.dim;
+  check_groups<twin>(rows * (dim / group_size));
   const Tensor y = new_tensor_like(x, x.scalar_type());
   const Tensor sum = residual ? new_tensor_like(x, ScalarType::Float) : absent(x);
   const Tensor rstd = new_tensor(x, {rows, dim / group_size}, ScalarType::Float);
@@ -69,7 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   const std::optional<Rows> gate = rows_of(z), arriving_sum = rows_of(dsum);
   const Tensor w = as_float32(weight);
   const int64_t rows = in.outer * in.inner, dim = in.dim;
-  const int64_t block = rows_per_block<twin>(rows, dim), blocks = (rows + block - 1) / block;
+  check_groups<twin>(rows * (dim / group_size));
+  const int64_t block = rows_per_block<twin>(rows, dim, group_size), blocks = (rows + block - 1) / block;
   const Tensor dx = new_tensor_like(s, (x ? *x : s).scalar_type());
   const Tensor dz = z ? new_tensor_like(s, z->scalar_type()) : absent(s);
   const Tensor dresidual = residual ? new_tensor_like(s, residual->scalar_type()) : absent(s);

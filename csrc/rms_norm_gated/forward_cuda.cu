@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(kNormMost, 1) rms_norm_gated_kernel(RmsNormGat
 int rms_norm_gated_cuda(const RmsNormGated& a, void* stream) {
   const int threads = norm_threads(a.group);
   const unsigned groups = unsigned(a.dim / a.group);
-  if (!norm_fits(a.rows * groups)) return cudaErrorInvalidConfiguration;
   const dim3 grid = norm_grid(a.rows * groups, threads), block(unsigned(norm_block(threads)));
   return for_dtype(a.group, a.weight, {a.x, a.z, a.residual, a.y}, [&]<class E>() {
     return launch<rms_norm_gated_kernel<E>>(grid, block, 0, stream, a, threads, groups);

@@ -56,8 +56,10 @@ void rms_norm_gated(const RmsNormGated&, int64_t begin, int64_t end);
 void rms_norm_gated_backward(const RmsNormGatedBackward&, int64_t begin, int64_t end);
 }  // namespace v4
 
-// CUDA: a cudaError_t. At most 2^32 - 128 groups. Bound by memory: with a gate and 16-bit data 6 bytes an element
-// forward, 10 backward.
+// CUDA: a cudaError_t. Bound by memory: with a gate and 16-bit data 6 bytes an element forward, 10 backward. Groups of
+// all rows are numbered in 32 bits: divisions of 64 bits would cost as much as the rest.
+constexpr int64_t kRmsNormMostGroups = (int64_t(1) << 32) - 128;
+int64_t rms_norm_gated_rows_per_block(int64_t rows, int64_t dim, int64_t group);
 int rms_norm_gated_cuda(const RmsNormGated&, void* stream);
 int rms_norm_gated_backward_cuda(const RmsNormGatedBackward&, void* stream);
 

@@ -13,6 +13,7 @@ namespace {
 constexpr int n = 8;                   // neighbouring channels of a thread: 16 bytes of 16-bit data
 constexpr int kVectors = 2;            // such vectors that a thread keeps in registers
 constexpr int kNormSmallBlock = 128;   // threads of a block that has several groups
+static_assert(kRmsNormMostGroups + kNormSmallBlock <= int64_t(1) << 32);
 constexpr int kNormMost = 512;         // threads of one group at most, which leaves 128 registers for each
 
 // A group has a power of two of neighbouring threads up to a warp, else whole warps and a block to itself. The kVectors
@@ -37,9 +38,6 @@ __device__ __forceinline__ unsigned norm_unit(int threads) {
 __device__ __forceinline__ unsigned norm_lane(int threads) {   // of the group's threads
   return threads > 32 ? threadIdx.x : threadIdx.x & (threads - 1);
 }
-
-// Fewer than 2^32 groups: divisions of 64 bits would cost as much as the rest.
-inline bool norm_fits(int64_t units) { return units + kNormSmallBlock <= int64_t(1) << 32; }
 
 // A row by its two outer indices.
 struct Outer {

@@ -75,6 +75,14 @@ def test_groups_of_every_size(rows, groups, size, how, backend):
             assert_close(grads[name], exact_grads[name], f"gradient of {name}", "gradient")
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
+def test_more_groups_than_a_gpu_numbers_are_refused(backend):
+    x = torch.ones(1, 1, device="cuda" if backend == "cuda" else "cpu").expand(2**32 - 127, 1)
+    with pytest.raises(RuntimeError, match="takes up to 4294967168 groups, not 4294967169"):
+        with on(backend):
+            pyseq.rms_norm_gated(x, torch.ones(1, device=x.device))
+
+
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({"x": 3}, TypeError, "x is int"),
     ({"x": torch.zeros(())}, ValueError, r"x has shape \[\]"),

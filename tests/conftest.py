@@ -9,10 +9,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--run-large"):
-        large = [item for item in items if "large" in item.keywords]
-        config.hook.pytest_deselected(items=large)
-        items[:] = [item for item in items if item not in large]
+    elsewhere = {"large"} if not config.getoption("--run-large") else set()
+    if not torch.cuda.is_available():
+        elsewhere.add("gpu")
+    left_out = [item for item in items if elsewhere & set(item.keywords)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,8 @@ void on_cpu(MambaStep& s, const Tensor& like) {
   parallel(rows * tiles, channels, [&](int64_t b, int64_t e) { PYSEQ_DISPATCH(mamba_step)(s, b, e); });
 }
 
-template <Twin> void on_cuda(MambaStep& s, const Tensor& like) {   // a template: without CUDA there is nothing to link it with
+// A template: without CUDA there is nothing to link it with.
+template <Twin> void on_cuda(MambaStep& s, const Tensor& like) {
   STD_TORCH_CHECK(s.outputs() <= kMambaWidest, "pyseq.mamba_step: x_proj_weight has ", s.outputs(),
                   " rows, expected at most ", kMambaWidest, " on CUDA");
   const Tensor projected = new_tensor(like, {mamba_chunks(s.dim), s.batch, s.outputs()}, ScalarType::Float);

@@ -254,7 +254,8 @@ def test_a_step_on_the_emulator_is_the_step(tiny, layer_args, backend):
         testing.assert_close(b, a.double(), "state", "gradient")
 
 
-@pytest.mark.parametrize("device", ["cuda"] if torch.cuda.is_available() else [])
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_cuda_graph_gives_the_same_tokens(tiny, monkeypatch, options, device):
     model, ids = tiny(pad_token_id=60).to(device), IDS.to(device)

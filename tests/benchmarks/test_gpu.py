@@ -195,7 +195,7 @@ def test_without_a_gpu_one_sentence_and_a_status() -> None:
     if torch.cuda.is_available():
         assert machine.problem() is None
         return
-    alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}   # these tests may run in a make
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}   # of a make that runs us
     command = ["make", "gpu", f"PYTHON={sys.executable}"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=alone)
     sentence, *rest = ran.stderr.splitlines()

@@ -76,13 +76,12 @@ def selective_scan(batch: int, time: int, dim: int) -> tuple[Work, Work]:
     warps = batch * dim // 32
     tiles = warps * time // 16            # of 32 channels and 16 tokens
     forward = Launch(
-        "selective_scan_forward_kernel<4, true>", blocks=warps // 4, dynamic_shared=4 * 12304,
+        "selective_scan_forward_kernel<4, true, __nv_bfloat16>", blocks=warps // 4, dynamic_shared=4 * 12352,
         bytes_moved=4 * 2 * elements + shared,   # u, dt, z, y
         instructions={"MUFU.EX2 SHFL": each,     # the recurrence
-                      "MUFU.EX2 -SHFL -MUFU.RCP": elements / 32, "MUFU.RCP": elements / 32,   # softplus; gate
-                      "LDGSTS.64": 3 * elements / 128 + 4 * tiles},
+                      "MUFU.RCP": elements / 32},   # skip and gate
         core=("MUFU.EX2 SHFL",),
-        iterations={"STS.128 -MUFU.EX2": tiles, "STG.128": tiles},
+        iterations={"LDGSTS.128 MUFU.EX2": tiles, "STG.128 LDG.32": tiles},   # copies and softplus; checkpoints
     )
     spans = batch * dim // 32 * time // 8        # of 8 tokens: the last of a chunk of 64 keeps no state behind it
     slabs, weights = 4 * 2 * batch * time * states * dim // 128, 4 * batch * dim * (states + 2)

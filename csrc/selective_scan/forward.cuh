@@ -24,12 +24,13 @@ struct Stream {
   int raw, stage;  // stage: bytes between the two places of what is needed once more when its tokens are done
 };
 
-// What a warp walks.
+// What a warp walks, and how many elements precede its first token in dt, u and z, in B and C, and in y.
 struct Walk {
   Tile tile;
   int row;
+  int64_t rows[3], shared[2], y;
 };
-static_assert(sizeof(Walk) == 16);
+static_assert(sizeof(Walk) == 64);
 
 // Shared memory of a warp begins with its Walk, since registers are scarce, and floats: delta, du and y of a tile of tokens,
 // B and C. y takes the place of du, unless slices follow that need it.

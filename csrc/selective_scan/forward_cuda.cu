@@ -3,7 +3,7 @@
 // the states that the chunks begin with, one after another, since all of a chunk multiplies h by exp(A sum delta); every
 // chunk from there.
 #include "cuda/device.cuh"
-#include "selective_scan/tokens.cuh"
+#include "selective_scan/whole.cuh"
 
 namespace pyseq {
 namespace {
@@ -63,25 +63,25 @@ __device__ __forceinline__ void scan(States& h, const States& A, const Tokens<L>
   }
 }
 
-template <int L, bool kOutput>
+// T is the one dtype of tiles that are whole, or void.
+template <int L, bool kOutput, class T>
 __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(SelectiveScan s, Plan p) {
+  using Brought = std::conditional_t<std::is_void_v<T>, Tokens<L>, WholeTokens<L, T>>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int unit = int(blockIdx.x) * kWarps + warp, chunks = kOutput ? p.splits : p.splits - 1;
   const int row = unit / p.tiles / chunks, chunk = unit / p.tiles % chunks;
   if (row >= s.batch) return;
   const int begin = chunk * p.chunk, end = min(begin + p.chunk, int(s.time)), slices = kSlices<L> ? p.slices : 1;
-  const Tokens<L> tokens{s, p.layout, dynamic_smem<unsigned char>() + warp * p.layout.bytes, end, lane};
-  if (lane == 0) *reinterpret_cast<Walk*>(tokens.memory) = {tile_at<L>(int(s.dim), int(s.groups), unit % p.tiles), row};
-  __syncwarp();
+  const Brought tokens{s, p.layout, dynamic_smem<unsigned char>() + warp * p.layout.bytes, end, lane};
+  tokens.set(tile_at<L>(int(s.dim), int(s.groups), unit % p.tiles), row);
   const Sequences sequences{s, tokens.walk()};
-  const auto corner = [&](int slice) { return corner_of<L>(tokens.walk().tile, lane, slice, int(s.states)); };
   const auto mine = [&] { return p.states + (int64_t(tokens.walk().row) * p.splits + begin / p.chunk) * s.dim * s.states; };
 
   Vec<4> steps{};
   States h, A;
   int sequence = chunk ? sequences.of(begin - 1) : sequences.of(0);
   for (int slice = 0; slice < slices; ++slice) {
-    const Corner at = corner(slice);
+    const Corner at = tokens.corner(slice);
     load_A(A, s.A, at, s.states);
     if (chunk) {
       load_states(h, kOutput ? mine() : nullptr, at, s.states, 0.f);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
     tokens.template fetch_shared<kOutput>(begin, 0);
   }
   for (int t = begin; t < end; t += kTokens<L>) {
-    const int stage = t / kTokens<L> % 2;   // chunks begin at multiples of 64: the first tile is at 0
+    const int stage = unsigned(t) / kTokens<L> % 2;   // chunks begin at multiples of 64: the first tile is at 0
     const bool inside = s.sequence_of && lane < kTokens<L> && t + lane < end && t + lane > 0;
     const unsigned starts = __ballot_sync(~0u, inside && s.sequence_of[t + lane] != s.sequence_of[t + lane - 1]);
     const int before = sequence;
@@ -106,14 +106,14 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
       if (slice == 0) tokens.convert_rows(t, stage, steps);
       tokens.convert_shared(p.layout.shared[0], Floats<L>::kB);
       if (kOutput) tokens.convert_shared(p.layout.shared[1], Floats<L>::kC);
+      __syncwarp();
       if (slice + 1 < slices) {
         tokens.template fetch_shared<kOutput>(t, slice + 1);
       } else if (t + kTokens<L> < end) {
         tokens.template fetch_shared<kOutput>(t + kTokens<L>, 0);
         tokens.template fetch_rows<kOutput>(t + kTokens<L>, stage ^ 1);
       }
-      __syncwarp();
-      const Corner at = corner(slice);
+      const Corner at = tokens.corner(slice);
       if (slices > 1) load_A(A, s.A, at, s.states), load_states(h, mine(), at, s.states, 0.f);
       sequence = before;
       for (int i = 0; i < kTokens<L>;) {
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
   }
 
   for (int slice = 0; slice < slices; ++slice) {
-    const Corner at = corner(slice);
+    const Corner at = tokens.corner(slice);
     if (slices > 1) load_states(h, mine(), at, s.states, 0.f);
     if (!kOutput) store_states(mine(), h, at, s.states);
     else if (end == s.time) sequences.turn(h, sequence, sequences.last(), at);
@@ -153,23 +153,23 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
   }
 }
 
-template <int L, bool kOutput> int walk(const SelectiveScan& s, const Plan& p, void* stream) {
+template <int L, bool kOutput, class T> int walk(const SelectiveScan& s, const Plan& p, void* stream) {
   const int64_t units = s.batch * (kOutput ? p.splits : p.splits - 1) * p.tiles;
   if (units > kLongest) return cudaErrorInvalidValue;
   const dim3 grid(unsigned((units + kWarps - 1) / kWarps));
   const size_t bytes = size_t(kWarps) * p.layout.bytes;
-  return launch<selective_scan_forward_kernel<L, kOutput>>(grid, dim3(kThreads), bytes, stream, s, p);
+  return launch<selective_scan_forward_kernel<L, kOutput, T>>(grid, dim3(kThreads), bytes, stream, s, p);
 }
 
-template <int L> int forward(const SelectiveScan& s, void* stream) {
+template <int L, class T> int forward(const SelectiveScan& s, void* stream) {
   Plan p = plan<L>(s);
   if (p.splits > 1 || p.slices > 1) p.states = s.workspace;
   if (p.splits > 1) {
     p.steps = p.states + s.batch * p.splits * s.dim * s.states;
-    if (const int error = walk<L, false>(s, p, stream)) return error;
+    if (const int error = walk<L, false, T>(s, p, stream)) return error;
     if (const int error = selective_scan_carry_cuda(s, p.splits, p.chunk, p.states, p.steps, stream)) return error;
   }
-  return walk<L, true>(s, p, stream);
+  return walk<L, true, T>(s, p, stream);
 }
 
 }  // namespace
@@ -186,7 +186,11 @@ int selective_scan_forward_cuda(const SelectiveScan& s, void* stream) {
   if (s.batch == 0 || s.dim == 0) return 0;
   for (const int64_t size : {s.batch, s.time, s.dim, s.states, s.sequences})
     if (size > kLongest) return cudaErrorInvalidValue;
-  return for_states(s.states, [&]<int L>() { return forward<L>(s, stream); });
+  return for_states(s.states, [&]<int L>() {
+    if constexpr (L == 4)   // 16 states, those of Mamba
+      if (whole<L, __nv_bfloat16>(s, DType::bf16)) return forward<L, __nv_bfloat16>(s, stream);
+    return forward<L, void>(s, stream);
+  });
 }
 
 }  // namespace pyseq

@@ -1,8 +1,8 @@
 // How a warp of the forward brings in its tokens, in tiles of kTokens.
 //
-// A thread copies 4 neighbouring elements at a time, as they are, to a place in shared memory that is its own; there they
-// wait while the tile before is computed. It converts them itself and leaves delta, delta u, B and C as float32 for the
-// warp. No warp waits for another: the barriers are those of a warp.
+// A thread copies 4 neighbouring elements at a time, as they are, to where they wait in shared memory while the tile before is
+// computed. Converted, they are left there as delta, delta u, B and C in float32. No warp waits for another: the barriers are
+// those of a warp.
 #pragma once
 #include "cuda/async.cuh"
 #include "selective_scan/forward.cuh"
@@ -23,10 +23,23 @@ template <int L> struct Tokens {
   int end, lane;
 
   __device__ __forceinline__ const Walk& walk() const { return *reinterpret_cast<const Walk*>(memory); }
+  __device__ __forceinline__ void set(const Tile& tile, int row) const {
+    if (lane == 0) {
+      Walk& walk = *reinterpret_cast<Walk*>(memory);
+      walk.tile = tile;
+      walk.row = row;
+      for (int i = 0; i < 3; ++i) walk.rows[i] = row * at.rows[i].x.stride[0] + tile.channel;
+      for (int i = 0; i < 2; ++i)
+        walk.shared[i] = row * at.shared[i].x.stride[0] + tile.group * at.shared[i].x.stride[2];
+      walk.y = row * s.y.stride[0] + tile.channel;
+    }
+    __syncwarp();
+  }
   // The first of the 4 channels that this thread copies, how many of them there are, and its first token in a tile.
   __device__ __forceinline__ int channel() const { return walk().tile.channel + lane % (32 / L) * 4; }
   __device__ __forceinline__ int channels() const { return within(4, walk().tile.channels - lane % (32 / L) * 4); }
   __device__ __forceinline__ int first() const { return lane / (32 / L); }
+  __device__ __forceinline__ Corner corner(int slice) const { return corner_of<L>(walk().tile, lane, slice, int(s.states)); }
   // How many tokens of a tile there are.
   __device__ __forceinline__ int left(int begin) const { return within(kTokens<L>, end - begin); }
 
@@ -74,7 +87,7 @@ template <int L> struct Tokens {
 #pragma unroll 1
     for (int i = 0; i < (kOutput && s.z ? 3 : 2); ++i) {
       const View& x = at.rows[i].x;
-      const int64_t offset = walk().row * x.stride[0] + (begin + first()) * x.stride[1] + channel();
+      const int64_t offset = walk().rows[i] + (begin + first()) * x.stride[1] + lane % (32 / L) * 4;
       fetch<kPasses, L>(at.rows[i], stage, offset, left(begin) - first(), channels());
     }
   }
@@ -84,7 +97,7 @@ template <int L> struct Tokens {
 #pragma unroll 1
     for (int i = 0; i < (kOutput ? 2 : 1); ++i) {
       const View& x = at.shared[i].x;
-      const int64_t offset = walk().row * x.stride[0] + (begin + token) * x.stride[1] + walk().tile.group * x.stride[2] + state;
+      const int64_t offset = walk().shared[i] + (begin + token) * x.stride[1] + state;
       fetch<kFours, 32 / L>(at.shared[i], 0, offset, left(begin) - token, within(4, int(s.states) - state));
     }
   }
@@ -123,7 +136,7 @@ template <int L> struct Tokens {
     const View u = raw(at.rows[1], stage), z = raw(at.rows[2], stage);
     const Vec<4> D = of_channels(s.D);
     const int rows = left(begin) - first();
-    int64_t to = walk().row * s.y.stride[0] + (begin + first()) * s.y.stride[1] + channel();
+    int64_t to = walk().y + (begin + first()) * s.y.stride[1] + lane % (32 / L) * 4;
 #pragma unroll 1
     for (int k = 0; k < kPasses; ++k, to += L * s.y.stride[1]) {
       const int four = (k * 32 + lane) * 4;

@@ -198,6 +198,37 @@ def test_dtypes_mix_on_every_backend(time, backend):
     check(arguments, backend)
 
 
+# Whole tiles of bfloat16 have a kernel of their own on a GPU. A dt that is not aligned sends the same numbers through
+# the other.
+@pytest.mark.skipif("simt" not in BACKENDS, reason="the emulator was not built")
+@pytest.mark.parametrize(("time", "dim", "groups", "ends"), [
+    (5, 32, None, None), (37, 96, None, None), (16, 64, 2, None), (130, 32, 1, [0, 3, 3, 63, 64, 100, 130]),
+    (529, 32, None, None), (600, 32, None, [0, 300, 300, 600]),
+])
+def test_whole_tiles_have_the_bits_of_others(time, dim, groups, ends):
+    arguments = drawn(1 if ends else 2, time, dim, 16, groups)
+    if ends:
+        state = torch.randn(len(ends) - 1, dim, 16, generator=torch.Generator().manual_seed(0))
+        arguments |= {"cu_seqlens": torch.tensor(ends), "state": state}
+    for name in ("u", "dt", "B", "C", "z"):
+        arguments[name] = arguments[name].to(torch.bfloat16)
+    arguments["dt"] = arguments["dt"].abs()   # without softplus, no state may grow
+    dt = torch.empty(arguments["dt"].numel() + 1, dtype=torch.bfloat16)[1:].view_as(arguments["dt"])
+    names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "state", "cu_seqlens", "dt_softplus")
+    for without in ((), ("z", "D", "dt_bias")):
+        given = {n: arguments.get(n) for n in names} | dict.fromkeys(without) | {"dt_softplus": not without}
+        launched, results = [], []
+        for step in (given["dt"], dt.copy_(given["dt"])):
+            _library._simt.reset()
+            with on("simt"):
+                call = given | {"dt": step}
+                results.append(pyseq.ops.selective_scan._OP.active.forward(*(call[n] for n in names), True, True))
+            launched.append("bfloat16" in str(_library._simt.launches()))
+        assert launched == [True, False]
+        for y, other in zip(*results, strict=True):
+            assert torch.equal(y, other)
+
+
 @on_backends
 def test_the_checkpoints_are_the_states_of_the_sequence_that_goes_on(backend):
     if backend == "cpu":   # there they lie in another order

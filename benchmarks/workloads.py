@@ -86,12 +86,12 @@ def selective_scan(batch: int, time: int, dim: int) -> tuple[Work, Work]:
     spans = batch * dim // 32 * time // 8        # of 8 tokens: the last of a chunk of 64 keeps no state behind it
     slabs, weights = 4 * 2 * batch * time * states * dim // 128, 4 * batch * dim * (states + 2)
     backward = Launch(
-        "selective_scan_backward_kernel<true>", blocks=batch * dim // 128, dynamic_shared=82944,
+        "selective_scan_backward_kernel<true>", blocks=batch * dim // 128, dynamic_shared=92288,
         bytes_moved=7 * 2 * elements + shared + elements * states * 4 / 64 + slabs + weights,   # with checkpoints
-        instructions={"MUFU.EX2 SHFL": each, "MUFU.EX2 STS.128 -SHFL -BAR": each, "MUFU.EX2 -STS.128": each * 7 / 8,
-                      "LDG.64 -BAR": spans * (8 + 4 * 7 / 8)},
+        instructions={"MUFU.EX2 SHFL": each, "MUFU.EX2 STS.128 -SHFL -BAR": each, "MUFU.EX2 -STS.128": each * 7 / 8},
         core=("MUFU.EX2 SHFL", "MUFU.EX2 STS.128 -SHFL -BAR", "MUFU.EX2 -STS.128"),
-        iterations={"BAR SHFL": spans, "BAR -SHFL": spans * 7 / 8},
+        iterations={"BAR MUFU.RCP": spans, "BAR SHFL": spans,   # what is staged and what is summed, per span; forward
+                    "BAR MUFU.EX2 -MUFU.RCP": spans * 7 / 8, "BAR -SHFL -MUFU.EX2": spans * 7 / 8},
     )
     tokens = Launch("selective_scan_reduce_tokens_kernel", blocks=batch * time * 2 * states // 4 // 256,
                     bytes_moved=slabs + shared, instructions={"LDG.128": slabs / 16 / 32})

@@ -24,6 +24,11 @@ constexpr int kKept = int(kChunk) / kSpan - 1;  // states kept per chunk: before
 constexpr int kTileFloats = kThreads * 16;      // of the tiles of a block
 constexpr int64_t kEnoughBlocks = 264;          // two on each of the 132 multiprocessors of an H200
 
+// Bytes from one span of 8 tokens to the next.
+struct Strides {
+  int64_t u, dt, z, dy, B, C, du, ddt, dz;
+};
+
 struct Workspace {
   int64_t blocks, slices, segments, chunks;     // blocks of a group; chunks of 64 tokens in a segment
   int64_t units;                                // B G blocks
@@ -33,6 +38,7 @@ struct Workspace {
   float* carry;                                 // [units segments, slices, kTileFloats]: exp(delta A) g behind it
   float* decay;                                 // [units segments, 128]: sum of delta; infinite across starts
   int64_t floats;
+  Strides span;                                 // of the tensors
   bool vectorised;                              // four channels in one access
 
   explicit Workspace(const SelectiveScan& s) {
@@ -47,6 +53,9 @@ struct Workspace {
     for (const View* x : {&s.u, &s.dt, &s.z, &s.dy, &s.du, &s.ddt, &s.dz}) {
       vectorised = vectorised && vectorisable(*x, 4, 2);
     }
+    const auto bytes = [](const View& x) { return kSpan * x.stride[1] * size_of(x.type); };
+    span = {bytes(s.u), bytes(s.dt), bytes(s.z), bytes(s.dy), bytes(s.B), bytes(s.C),
+            bytes(s.du), bytes(s.ddt), bytes(s.dz)};
     floats = 0;
     const auto take = [&](int64_t n) {
       float* const p = s.workspace + floats;
@@ -84,6 +93,7 @@ struct Place {
   int64_t unit, segment, row, group, begin, end;   // begin, end: tokens
   int64_t first;                                   // channel of the block
   int channels, warp, lane, quad, sl;              // channels: that exist, of 128; quad: of this thread's channels
+  int token, column;                               // of a span of 8 tokens, and 16 columns: what the thread brings in
   Sequences sequence;
 
   __device__ Place(const SelectiveScan& s_, const Workspace& w_, int64_t i)
@@ -95,10 +105,12 @@ struct Place {
     first = group * per_group + from;
     channels = int(per_group - from < kBlock ? per_group - from : kBlock);
     warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = 8 * warp + lane % 8, sl = lane / 8;
+    token = threadIdx.x / 16, column = threadIdx.x % 16;
   }
 
   // A bit for each of the tokens [t, t + tokens), at most 32, that starts a sequence. Every lane must call.
   __device__ unsigned starts(int64_t t, int tokens) const {
+    if (!sequence.of) return t == 0;
     return __ballot_sync(~0u, lane < tokens && sequence.starts(t + lane));
   }
 };

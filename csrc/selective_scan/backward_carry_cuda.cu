@@ -18,16 +18,18 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_backward_carry_ker
   bool cut = at.end == s.time || at.sequence.starts(at.end);
   if (cut) load_end(g, at.end, at, slice);
   load_A(A, at, slice);
-  const Weights weights(at);
+  stage_weights(m, at);
+  const int64_t last = at.begin + (at.end - at.begin - 1) / kSpan * kSpan;
+  Cursors cursors(at, last);
 #pragma unroll 1
-  for (int64_t t0 = at.begin + (at.end - at.begin - 1) / kSpan * kSpan; t0 >= at.begin; t0 -= kSpan) {
+  for (int64_t t0 = last; t0 >= at.begin; t0 -= kSpan, cursors.move(w.span, -1)) {
     const int tokens = int(at.end - t0 < kSpan ? at.end - t0 : kSpan);
     const unsigned starts = at.starts(t0, tokens);
     Inputs in;
-    load_channels(in, at, t0, tokens, true);
-    load_shared(in, at, t0, tokens, slice);
+    load_channels<Pass::carry>(in, cursors, at, tokens);
+    load_shared(in, cursors, at, tokens, slice);
     __syncthreads();   // all have read what was staged before
-    stage_channels(m, in, weights, at, true);
+    stage_channels<Pass::carry>(m, in, at);
     stage_shared(m, in, at);
     __syncthreads();
 #pragma unroll 1

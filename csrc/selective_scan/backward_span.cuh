@@ -1,5 +1,6 @@
 // The walk through one span of 8 tokens, forward and back, and the sums over its threads.
 #pragma once
+#include "cuda/opaque.cuh"
 #include "selective_scan/backward_stage.cuh"
 #include "selective_scan/backward_tile.cuh"
 
@@ -15,7 +16,7 @@ __device__ __forceinline__ void walk_forward(Tile& h, const Tile& A, Shared& m, 
 #pragma unroll 1
   for (int t = 0; t < tokens;) {
     const int next = __ffs(starts >> t >> 1), end = next ? t + next : tokens;
-    if (starts >> t & 1) load_start(h, t0 + t, at, slice);
+    if (starts >> t & 1) load_start(h, t0 + t, at, opaque(slice));
 #pragma unroll 1
     for (; t < end; ++t) {
       const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.quad), du = load_vec<4>(m.du[t] + 4 * at.quad);
@@ -28,7 +29,7 @@ __device__ __forceinline__ void walk_forward(Tile& h, const Tile& A, Shared& m, 
           p[n] = ex2(delta[c] * A[c][n]) * h[c][n];
           h[c][n] = fmaf(du[c], B[n], p[n]);
         }
-        if (kKeep) store_vec<4>(m.p[t][c][threadIdx.x], p);
+        if (kKeep) store_vec<4>(m.p[t].of[c][threadIdx.x], p);
       }
     }
   }
@@ -52,7 +53,7 @@ __device__ __forceinline__ void step_back(Tile& g, Tile& dA, const Tile& A, Shar
   Vec<4> S1{}, S2{}, dB{}, dC{}, v{};
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const Vec<4> p = load_vec<4>(m.p[t][c][threadIdx.x]);
+    const Vec<4> p = load_vec<4>(m.p[t].of[c][threadIdx.x]);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const float a = ex2(delta[c] * A[c][n]), h = fmaf(du[c], B[n], p[n]);
@@ -66,10 +67,10 @@ __device__ __forceinline__ void step_back(Tile& g, Tile& dA, const Tile& A, Shar
       g[c][n] = a * g_t;
     }
   }
-  store_vec<4>(m.p[t][0][threadIdx.x], S1);
-  store_vec<4>(m.p[t][1][threadIdx.x], S2);
-  store_vec<4>(m.p[t][2][threadIdx.x], dB);
-  store_vec<4>(m.p[t][3][threadIdx.x], dC);
+  store_vec<4>(m.p[t].of[0][threadIdx.x], S1);
+  store_vec<4>(m.p[t].of[1][threadIdx.x], S2);
+  store_vec<4>(m.p[t].of[2][threadIdx.x], dB);
+  store_vec<4>(m.p[t].of[3][threadIdx.x], dC);
   if (kGated) {
     float* const to = &m.v[t][4 * at.quad + at.sl];
     *to = sum_lanes(v, at.sl) + (slice ? *to : 0.f);
@@ -86,90 +87,109 @@ __device__ __forceinline__ void walk_back(Tile& g, Tile& dA, const Tile& A, Shar
 #pragma unroll 1
     for (int t = end - 1; t >= begin; --t) step_back<kGated>(g, dA, A, m, at, t, slice);
     if (before) {   // a sequence starts at `begin`
-      if (at.s.dstate) store_tile(states_of(at.s.dstate, at.sequence.at(t0 + begin), at), g, at, slice);
-      pass_empty(t0 + begin, at, slice);
-      if (t0 + begin > 0) load_end(g, t0 + begin, at, slice);
+      const int this_slice = opaque(slice);
+      if (at.s.dstate) store_tile(states_of(at.s.dstate, at.sequence.at(t0 + begin), at), g, at, this_slice);
+      pass_empty(t0 + begin, at, this_slice);
+      if (t0 + begin > 0) load_end(g, t0 + begin, at, this_slice);
     }
     end = begin;
   }
 }
 
 // dB and dC, summed over the 32 threads that share their states. A warp takes the states of one sl; a lane one token,
-// one of the two, and the threads of two warps. Neighbouring tokens begin at different threads, off each other's banks.
-__device__ __forceinline__ void sum_channels(const Shared& m, const Place& at, int64_t t0, int tokens, int slice) {
-  const int t = at.lane % 8, kind = at.lane / 8 % 2, half = at.lane / 16, sl = at.warp;
+// one of the two, and the threads of two warps. slab: where the lane's sums go, for the first slice.
+__device__ __forceinline__ void sum_channels(const Shared& m, float* slab, const Place& at, int tokens, int slice) {
+  const int t = at.lane % 8, kind = at.lane / 8 % 2, half = at.lane / 16;
+  const auto& from = m.p[t].of[2 + kind];
   Vec<4> sum{};
   if (t < tokens) {
+    sum = load_vec<4>(from[64 * half + 8 * at.warp]);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const Vec<4> x = load_vec<4>(m.p[t][2 + kind][32 * (2 * half + i / 8) + 8 * sl + (i + t) % 8]);
+    for (int i = 1; i < 16; ++i) {
+      const Vec<4> x = load_vec<4>(from[64 * half + 8 * at.warp + i / 8 * 32 + i % 8]);
 #pragma unroll
       for (int n = 0; n < 4; ++n) sum[n] += x[n];
     }
   }
 #pragma unroll
   for (int n = 0; n < 4; ++n) sum[n] += __shfl_xor_sync(~0u, sum[n], 16);
-  float* const to = at.w.slabs + ((at.unit * at.s.time + t0 + t) * 2 + kind) * at.w.width() + slice * kSlice + 4 * sl;
-  if (half == 0 && t < tokens) store_vec<4>(to, sum);
+  if (half == 0 && t < tokens) store_vec<4>(slab + slice * kSlice, sum);
 }
+__device__ __forceinline__ float* slab_of(const Place& at, int64_t t0) {
+  const int t = at.lane % 8, kind = at.lane / 8 % 2;
+  return at.w.slabs + ((at.unit * at.s.time + t0 + t) * 2 + kind) * at.w.width() + 4 * at.warp;
+}
+
+// Of D and dt_bias, for the thread's channels over its tokens.
+struct Gradients {
+  Row dD, dbias;
+};
 
 // S1 = <B, g> and S2 = <A, r>, summed over the 4 lanes that share their channels; after the last slice du, ddt and dz.
-__device__ __forceinline__ void sum_states(Shared& m, const Inputs& in, Weights& weights, const Place& at, int64_t t0,
-                                           int tokens, int slice) {
+__device__ __forceinline__ void sum_states(Shared& m, const Row& u, Gradients& sums, const Cursors& to,
+                                           const Place& at, int tokens, int slice) {
   const SelectiveScan& s = at.s;
-  const int count = at.channels - 4 * at.lane, from = at.lane / 8 * 32 + at.lane % 8;
+  const int t = at.token, from = at.column / 8 * 32 + at.column % 8;
+  if (t >= tokens) return;
+  Row S[2];
 #pragma unroll
-  for (int k = 0; k < kRounds; ++k) {
-    const int t = at.warp + k * kWarps;
-    if (t >= tokens) break;
-    Vec<4> S[2] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const Vec<4> x = load_vec<4>(m.p[t][i / 4][from + i % 4 * 8]);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) S[i / 4][c] += x[c];
-    }
-#pragma unroll
-    for (int i = 0; at.w.slices > 1 && i < 2; ++i) {
-      float* const sum = m.sums[i][t] + 4 * at.lane;
-      const Vec<4> before = slice ? load_vec<4>(sum) : Vec<4>{};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) S[i][c] += before[c];
-      store_vec<4>(sum, S[i]);
-    }
-    if (slice + 1 < at.w.slices) continue;
-    const Vec<4> delta = load_vec<4>(m.delta[t] + 4 * at.lane), dv = load_vec<4>(m.dv[t] + 4 * at.lane);
-    const Vec<4> u = floats(in.u[k], s.u.type);
-    Vec<4> du, ddt;
+  for (int i = 0; i < 16; ++i) {
+    const Vec<4> x = load_vec<4>(m.p[t].of[i / 8][from + i / 4 % 2 * kHalf + i % 4 * 8]);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      du[c] = fmaf(delta[c], S[0][c], weights.D[c] * dv[c]);
-      ddt[c] = fmaf(u[c], S[0][c], kLn2 * S[1][c]);   // A carries log2 e
-      if (s.dt_softplus) ddt[c] *= softplus_grad(delta[c]);
-      weights.dD[c] = fmaf(dv[c], u[c], weights.dD[c]);
-      weights.dbias[c] += ddt[c];
+      float& sum = S[i / 8][i / 4 % 2 * 4 + c];
+      sum = i % 4 ? sum + x[c] : x[c];
     }
-    store_vec<4>(s.du, offset(s.du, t0 + t, at), du, at.w.vectorised, count);
-    store_vec<4>(s.ddt, offset(s.ddt, t0 + t, at), ddt, at.w.vectorised, count);
-    if (!s.z) continue;
-    const Vec<4> z = floats(in.z[k], s.z.type), v = load_vec<4>(m.v[t] + 4 * at.lane);
-    Vec<4> dz = floats(in.dy[k], s.dy.type);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) dz[c] *= silu_grad(z[c]) * fmaf(weights.D[c], u[c], v[c]);
-    store_vec<4>(s.dz, offset(s.dz, t0 + t, at), dz, at.w.vectorised, count);
   }
+  if (slice > 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Row before = load_row(m.sums[i][t], at);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) S[i][c] += before[c];
+    }
+  }
+  if (slice + 1 < at.w.slices) {
+    store_row(m.sums[0][t], S[0], at);
+    store_row(m.sums[1][t], S[1], at);
+    return;
+  }
+  const Row delta = load_row(m.delta[t], at), dv = load_row(m.dv[t], at);
+  const Row D = load_row(m.D, at);
+  Row du, ddt;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    du[i] = fmaf(delta[i], S[0][i], D[i] * dv[i]);
+    ddt[i] = fmaf(u[i], S[0][i], kLn2 * S[1][i]);   // A carries log2 e
+    sums.dD[i] = fmaf(dv[i], u[i], sums.dD[i]);
+  }
+  if (s.dt_softplus) {
+    const Row slope = load_row(m.slope[t], at);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) ddt[i] *= slope[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums.dbias[i] += ddt[i];
+  store_bits(to.du, s.du, du, at);
+  store_bits(to.ddt, s.ddt, ddt, at);
+  if (!s.z) return;
+  const Row v = load_row(m.v[t], at);
+  Row dz = load_row(m.dz[t], at);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) dz[i] *= fmaf(D[i], u[i], v[i]);
+  store_bits(to.dz, s.dz, dz, at);
 }
 
-// dD and ddt_bias of the segment: what the warps have, added up.
-__device__ __forceinline__ void sum_weights(Shared& m, const Weights& weights, const Place& at) {
+// dD and ddt_bias of the segment: what the threads of each token have, added up.
+__device__ __forceinline__ void sum_weights(Shared& m, const Gradients& sums, const Place& at) {
   __syncthreads();   // the last span is read
-  store_vec<4>(m.delta[at.warp] + 4 * at.lane, weights.dD);
-  store_vec<4>(m.du[at.warp] + 4 * at.lane, weights.dbias);
+  store_row(m.delta[at.token], sums.dD, at);
+  store_row(m.du[at.token], sums.dbias, at);
   __syncthreads();
   const int i = threadIdx.x;
   if (i >= at.channels) return;
   float dD = 0.f, dbias = 0.f;
-  for (int warp = 0; warp < kWarps; ++warp) dD += m.delta[warp][i], dbias += m.du[warp][i];
+  for (int t = 0; t < kSpan; ++t) dD += m.delta[t][i], dbias += m.du[t][i];
   const int64_t to = (at.row * at.w.segments + at.segment) * at.s.dim + at.first + i;
   at.w.dD[to] = dD;
   at.w.dbias[to] = dbias;

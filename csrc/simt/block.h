@@ -122,6 +122,13 @@ inline std::string describe(const Site& site) {
   block.error = "thread " + std::to_string(self->rank) + " in " + describe(mine) + ": " + what;
   stop();
 }
+// A meeting of some lanes that takes all: called by the last to arrive, or by one that exits, which waits nowhere.
+[[noreturn]] inline void incomplete(uint32_t present) {
+  const Thread& waiting = block.threads[self->rank / kWarp * kWarp + std::countr_zero(present)];
+  block.error = "thread " + std::to_string(waiting.rank) + " in " + describe(waiting.site);
+  block.error += ": lanes of the warp have exited";
+  stop();
+}
 
 // Told of every access to memory by a kernel, if it was compiled for that: see hooks.h.
 enum class Touch { read, write, begin_copy, end_copy };
@@ -185,6 +192,7 @@ inline void meet(const Site& site, Combine combine, void* operand) {
   m->arrived |= me;
   w.operand[lane()] = operand;
   w.runnable &= ~me;
+  self->site = site;
   complete_meetings(w);
   wait(site);
 }

@@ -32,7 +32,7 @@ template <class T> struct Fragments { Accumulator<T>* d; const unsigned *a, *b; 
 // b[r] = B[4 e r + e t ...][g], d[r] = D[g + 8 (r / 2)][2 t + r % 2].
 template <class T> [[gnu::no_sanitize("thread")]] void multiply(uint32_t present, void* const* operand) {
   constexpr int e = 4 / sizeof(T), K = 8 * e;
-  if (present != ~0u) fault(self->site, "lanes of the warp have exited");
+  if (present != ~0u) incomplete(present);
   double a[16][K], b[8][K];
   for (int lane = 0; lane < int(kWarp); ++lane) {
     const auto& own = *static_cast<const Fragments<T>*>(operand[lane]);
@@ -71,7 +71,7 @@ struct Rows { const void* row; unsigned* result; };
 // matrix, transposed: of column g.
 template <int n, bool transposed>
 [[gnu::no_sanitize("thread")]] void distribute(uint32_t present, void* const* operand) {
-  if (present != ~0u) fault(self->site, "lanes of the warp have exited");
+  if (present != ~0u) incomplete(present);
   for (int i = 0; i < n; ++i) {
     uint16_t matrix[8][8];
     for (int j = 0; j < 8; ++j) std::memcpy(matrix[j], static_cast<const Rows*>(operand[8 * i + j])->row, 16);

@@ -44,7 +44,8 @@ KERNELS = """
 ## Budgets
 
 Threads of a block, its bytes of shared memory (static, and dynamic where a work above uses the kernel), registers of a
-thread, and how many blocks fit on a multiprocessor of the cards above: one figure for all, or those of {archs}.
+thread, and how many blocks fit on a multiprocessor of the cards above, as far as these decide: one figure for all, or
+those of {archs}.
 Last, for sm_90a, the issue slots of one iteration of the three longest innermost loops.
 `benchmarks/kernel_budgets.json` holds every loop for each architecture, by kind of instruction.
 

@@ -57,12 +57,6 @@ __device__ __forceinline__ float silu_grad(float x) {
   return s * fmaf(x, 1.f - s, 1.f);
 }
 
-// silu by tanh: one special-function instruction instead of two, and its 2^-11.
-__device__ __forceinline__ float silu_fast(float x) {
-  const float half = 0.5f * x;
-  return fmaf(half, tanh_approx(half), half);
-}
-
 // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), the logarithm by a polynomial without constant term: full relative precision
 // however small e^-|x| is, which steps of 1e-4 need.
 __device__ __forceinline__ float softplus(float x) {
@@ -77,17 +71,6 @@ __device__ __forceinline__ float softplus(float x) {
   p = fmaf(p, e, 3.33299637e-1f);
   p = fmaf(p, e, -4.99999017e-1f);
   return fmaxf(x, 0.f) + e * fmaf(p, e, 1.f);
-}
-
-// The derivative of softplus at the x where it is `y`: 1 - e^-y, by its series where the difference would cancel.
-__device__ __forceinline__ float softplus_grad(float y) {
-  float p = 1.f / 720.f;
-  p = fmaf(p, -y, 1.f / 120.f);
-  p = fmaf(p, -y, 1.f / 24.f);
-  p = fmaf(p, -y, 1.f / 6.f);
-  p = fmaf(p, -y, 0.5f);
-  p = fmaf(p, -y, 1.f);
-  return y < 0.25f ? p * y : 1.f - ex2(-kLog2e * y);
 }
 
 }  // namespace pyseq

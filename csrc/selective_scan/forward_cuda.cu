@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, 4) selective_scan_forward_kernel(Sel
   const int unit = int(blockIdx.x) * kWarps + warp, chunks = kOutput ? p.splits : p.splits - 1;
   const int row = unit / p.tiles / chunks, chunk = unit / p.tiles % chunks;
   if (row >= s.batch) return;
-  const int begin = chunk * p.chunk, end = min(begin + p.chunk, int(s.time)), slices = kSlices<L> ? p.slices : 1;
+  const int begin = chunk * p.chunk, end = chunk + 1 == p.splits ? int(s.time) : begin + p.chunk;   // the sum may overflow
+  const int slices = kSlices<L> ? p.slices : 1;
   const Brought tokens{s, p.layout, dynamic_smem<unsigned char>() + warp * p.layout.bytes, end, lane};
   tokens.set(tile_at<L>(int(s.dim), int(s.groups), unit % p.tiles), row);
   const Sequences sequences{s, tokens.walk()};

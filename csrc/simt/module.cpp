@@ -44,7 +44,7 @@ PYBIND11_MODULE(_simt, m) {
   m.def("watches_races", [] { return simt::observe != nullptr; },
         "whether kernels were compiled so that races are found and traffic is counted");
   m.def("set_noise", [](uint64_t seed) { simt::noise_seed = seed; },
-        "seed of the errors, of the size a GPU makes, in ex2, lg2 and tanh_approx; 0: no errors");
+        "seed of the errors, of the size a GPU makes, in ex2, lg2, tanh_approx and reciprocal; 0: no errors");
   m.def("count_traffic", [](bool on) { simt::record.counts = on; }, "whether launches count sectors and wavefronts");
   m.def("traffic", traffic, "requests, sectors, wavefronts, and the fewest that would do, by kernel and line");
   m.def("reset", [] {

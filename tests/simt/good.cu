@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
+#include "cuda/math.cuh"
 #include "cuda/reduce.cuh"
 
 namespace pyseq {
@@ -130,6 +131,14 @@ __global__ void __launch_bounds__(64) half_warps_kernel(const int* x, int* y, in
   if (i == 0) *even = count;
 }
 
+// Five functions of x[i], one after another.
+__global__ void functions_kernel(const float* x, float* y, int n) {
+  const int i = int(threadIdx.x);
+  if (i >= n) return;
+  const float v[5] = {ex2(x[i]), lg2(x[i]), reciprocal(x[i]), tanh_approx(x[i]), softplus(x[i])};
+  for (int k = 0; k < 5; ++k) y[k * n + i] = v[k];
+}
+
 __global__ void nothing_kernel() {}
 
 }  // namespace
@@ -166,6 +175,9 @@ int moments(const float* x, float* y, int rows, int n) {
 }
 int half_warps(const int* x, int* y, int* even) {
   return launch<pyseq::half_warps_kernel>(1, 64, 0, nullptr, x, y, even);
+}
+int functions(const float* x, float* y, int n) {
+  return launch<pyseq::functions_kernel>(1, 128, 0, nullptr, x, y, n);
 }
 int nothing(const unsigned* grid, const unsigned* block, size_t smem) {
   const dim3 g(grid[0], grid[1], grid[2]), b(block[0], block[1], block[2]);

@@ -99,6 +99,14 @@ def test_block_sum_gives_all_threads_the_same_bits(lib):
     torch.testing.assert_close(y[:, 0].double(), want, rtol=1e-5, atol=1e-4)
 
 
+def test_approximate_functions_are_exact_without_noise(lib):
+    x = torch.linspace(0.01, 20, 100)
+    y = in_every_order(lib, "functions", lambda: (x, nan(5, 100), 100), 1)
+    v = x.double()
+    want = torch.stack([v.exp2(), v.log2(), 1 / v, v.tanh(), torch.nn.functional.softplus(v, threshold=99)])
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-7)
+
+
 def test_half_warps_order_their_memory(lib):
     x = torch.arange(1, 65, dtype=torch.int32)
     make = lambda: (x, torch.full_like(x, -1), torch.zeros(1, dtype=torch.int32))  # noqa: E731

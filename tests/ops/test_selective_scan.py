@@ -341,6 +341,14 @@ def test_a_cut_anywhere_changes_no_bit(cut):
     assert torch.equal(torch.cat([first, second], 1), whole) and torch.equal(state, last)
 
 
+def stepped(given):
+    """The first token of a sequence by a step: y [B, D], and the state after it in the dtype given."""
+    rows = {n: given[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
+    options = {n: given[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
+    state = given["state"].clone()
+    return pyseq.selective_scan_step(state, **rows, **options), state
+
+
 @on_backends
 @pytest.mark.parametrize(("states", "dim"), [(16, 100), (5, 3), (8, 16), (40, 33), (100, 9)])
 def test_a_bfloat16_state_is_rounded_once(states, dim, backend):
@@ -348,10 +356,7 @@ def test_a_bfloat16_state_is_rounded_once(states, dim, backend):
     arguments["state"] = arguments["state"].bfloat16()
     with on(backend) as device:
         given = prepare(arguments, device, requires_grad=False)
-        rows = {n: given[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
-        options = {n: given[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
-        state = given["state"].clone()
-        y = pyseq.selective_scan_step(state, **rows, **options)
+        y, state = stepped(given)
         whole, last = pyseq.selective_scan(**(given | {"state": given["state"].float()}))
     if backend == "cpu":
         assert torch.equal(y, whole[:, 0]) and torch.equal(state, last.bfloat16())
@@ -366,10 +371,7 @@ def test_a_step_is_a_sequence_of_one_token_bit_for_bit(states, backend):
     arguments = drawn(3, 1, 9, states)
     with on(backend) as device:
         given = prepare(arguments, device, requires_grad=False)
-        rows = {n: given[n][:, 0] for n in ("u", "dt", "B", "C", "z")}
-        options = {n: given[n] for n in ("A", "D", "dt_bias", "dt_softplus")}
-        state = given["state"].clone()
-        y = pyseq.selective_scan_step(state, **rows, **options)
+        y, state = stepped(given)
         whole, last = pyseq.selective_scan(**given)
     assert torch.equal(y, whole[:, 0]) and torch.equal(state, last)
 

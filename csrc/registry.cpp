@@ -11,6 +11,7 @@ namespace linear { void cpu(Library&); }
 namespace mamba_step { void cpu(Library&); void cuda(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
 namespace selective_scan { void cpu(Library&); void cuda(Library&); }
+namespace ssd { void cpu(Library&); void cuda(Library&); }
 
 namespace {
 
@@ -25,6 +26,7 @@ constexpr Entry kCpu[] = {
     {"mamba_step", mamba_step::cpu},
     {"rms_norm_gated", rms_norm_gated::cpu},
     {"selective_scan", selective_scan::cpu},
+    {"ssd", ssd::cpu},
 };
 
 #ifdef PYSEQ_WITH_CUDA
@@ -33,6 +35,7 @@ constexpr Entry kCuda[] = {
     {"mamba_step", mamba_step::cuda},
     {"rms_norm_gated", rms_norm_gated::cuda},
     {"selective_scan", selective_scan::cuda},
+    {"ssd", ssd::cuda},
 };
 #endif
 

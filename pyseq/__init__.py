@@ -19,6 +19,7 @@ from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.mamba_step import mamba_step
 from .ops.rms_norm_gated import rms_norm_gated
 from .ops.selective_scan import selective_scan, selective_scan_step
+from .ops.ssd import ssd, ssd_step
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,4 +38,6 @@ __all__ = [
     "rms_norm_gated",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
 ]

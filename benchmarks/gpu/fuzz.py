@@ -145,8 +145,9 @@ def examine(op: Op, arguments: Arguments, device: Device) -> tuple[float, bool]:
             else:
                 outputs, grads = testing.gradients(op.function, given)
         runs.append((*outputs, *grads.values()))
-    errors = [testing.error(y, e) for y, e in zip(outputs, exact, strict=True)]
-    errors += [testing.error(grad, exact_grads[name], "gradient") for name, grad in grads.items()]
+    products = testing.products_of(op, arguments)
+    errors = [testing.error(y, e, "output", products) for y, e in zip(outputs, exact, strict=True)]
+    errors += [testing.error(grad, exact_grads[name], "gradient", products) for name, grad in grads.items()]
     return max(errors, default=0.0), all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -117,11 +117,12 @@ def errors(
         expected = testing.expected_update(op, arguments)
         return None, None, max(testing.error(a, e) for a, e in zip(actual, expected, strict=True))
     exact, exact_gradients = testing.expected(op, arguments)
+    products = testing.products_of(op, arguments)
     with testing.on(backend) as device:
         outputs, gradients = testing.gradients(op.function, testing.prepare(arguments, device, requires_grad=True))
         stepped = steps(op, testing.prepare(arguments, device, requires_grad=False))
-    forward = [testing.error(y, e) for y, e in zip(outputs, exact, strict=True)]
-    gradient = [testing.error(g, exact_gradients[name], "gradient") for name, g in gradients.items()]
+    forward = [testing.error(y, e, "output", products) for y, e in zip(outputs, exact, strict=True)]
+    gradient = [testing.error(g, exact_gradients[name], "gradient", products) for name, g in gradients.items()]
     step = None if stepped is None else testing.error(stepped, exact[0])
     return max(forward, default=0.0), max(gradient, default=0.0), step
 

@@ -92,6 +92,12 @@ class Dims:
         return ValueError(f"{self.op}: {name} is {came}, expected {expected}")
 
 
+def readable(t: torch.Tensor) -> bool:
+    """Whether values are looked at: in eager mode and on a CPU. Elsewhere the kernels answer wrong ones with NaN."""
+    plain = type(t) in (torch.Tensor, torch.nn.Parameter)
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and plain
+
+
 def check_cu_seqlens(dims: Dims, cu_seqlens: object) -> None:
     """Fixes S, the number of packed sequences. Values are read only in eager mode and on a CPU."""
     dims.match("cu_seqlens", cu_seqlens, ("S + 1",), _INTEGERS)
@@ -100,8 +106,7 @@ def check_cu_seqlens(dims: Dims, cu_seqlens: object) -> None:
         raise dims.fail("cu_seqlens", f"of length {dims['S + 1']}", "[S + 1] with S >= 1")
     if dims["B"] != 1:
         raise ValueError(f"{dims.op}: cu_seqlens packs sequences into a batch of 1, but B is {dims['B']}")
-    plain = type(cu_seqlens) in (torch.Tensor, torch.nn.Parameter)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and plain:
+    if readable(cu_seqlens):
         values = cu_seqlens.tolist()
         ordered = all(a <= b for a, b in pairwise(values))
         if values[0] != 0 or values[-1] != dims["T"] or not ordered:

@@ -5,6 +5,7 @@ from .linear import linear
 from .mamba_step import mamba_step
 from .rms_norm_gated import rms_norm_gated
 from .selective_scan import selective_scan, selective_scan_step
+from .ssd import ssd, ssd_step
 
 __all__ = [
     "causal_conv1d",
@@ -14,4 +15,6 @@ __all__ = [
     "rms_norm_gated",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
 ]

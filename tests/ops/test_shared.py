@@ -52,13 +52,14 @@ def on_or_empty(backend, arguments):
 def test_outputs_and_gradients_match_float64(op, sample, backend, dtype):
     arguments = drawn(op, sample, dtype)
     exact, exact_grads = testing.expected(op, arguments)
+    products = testing.products_of(op, arguments)
     with on(backend) as device:
         arguments = prepare(arguments, device, requires_grad=True)
         outputs, grads = gradients(op.function, arguments)
     for k, (y, e) in enumerate(zip(outputs, exact, strict=True)):
-        assert_close(y, e, f"output {k}")
+        assert_close(y, e, f"output {k}", "output", products)
     for name, grad in grads.items():
-        assert_close(grad, exact_grads[name], f"gradient of {name}", "gradient")
+        assert_close(grad, exact_grads[name], f"gradient of {name}", "gradient", products)
 
 
 @pytest.mark.parametrize(("op", "sample"), CASES)

@@ -1,0 +1,51 @@
+// Tensors to the structs of kernel.h.
+#pragma once
+#include "ssd/kernel.h"
+#include "torch_api/packing.h"
+#include "torch_api/stable.h"
+
+namespace pyseq::ssd {
+namespace {
+
+// What forward and backward share. The tensors that back the struct live as long as this.
+template <Twin twin> struct Arguments {
+  Tensor x, dt, A, B, C;
+  OptionalTensor D, z, dt_bias, state;
+  std::optional<Packing> packed;
+  Ssd s{};
+
+  Arguments(const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_, const Tensor& C_, const OptionalTensor& D_,
+            const OptionalTensor& z_, const OptionalTensor& dt_bias_, const OptionalTensor& state_,
+            const OptionalTensor& cu_seqlens, bool dt_softplus, double dt_low, double dt_high)
+      : x(rows_contiguous(x_)), dt(rows_contiguous(dt_)), A(as_float32(A_)), B(rows_contiguous(B_)), C(rows_contiguous(C_)),
+        D(as_float32(D_)), z(rows_contiguous(z_)), dt_bias(as_float32(dt_bias_)), state(as_float32(state_)),
+        packed(packing<twin>(cu_seqlens, x_.size(1))) {
+    s.batch = x.size(0);
+    s.time = x.size(1);
+    s.heads = x.size(2);
+    s.width = x.size(3);
+    s.states = B.size(3);
+    s.groups = B.size(2);
+    s.x = view(x);
+    s.z = view(z);
+    s.dt = view(dt);
+    s.B = view(B);
+    s.C = view(C);
+    s.A = floats(A);
+    s.D = floats(D);
+    s.D_width = D && D->dim() == 2 ? s.width : 1;
+    s.dt_bias = floats(dt_bias);
+    s.dt_softplus = dt_softplus;
+    s.dt_low = float(dt_low);
+    s.dt_high = float(dt_high);
+    s.sequences = packed ? packed->sequences() : s.batch;
+    s.cu_seqlens = packed ? packed->boundaries() : nullptr;
+    s.sequence_of = packed ? packed->owners() : nullptr;
+    s.state = floats(state);
+  }
+
+  bool invalid() const { return packed && !packed->valid; }   // known on a CPU only
+};
+
+}  // namespace
+}  // namespace pyseq::ssd

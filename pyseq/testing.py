@@ -20,11 +20,11 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 # the gradient of a weight.
 ROUNDINGS = {"output": 32, "gradient": 128}
 
-# An op that multiplies matrices of 16-bit data rounds what it computed on the way, decays times products and states, to
-# that type before it multiplies again, as every implementation for matrix units does. Per element that may be as much as
-# one rounding of the largest value; over an output it may add as much again as the rounding at the end times 0.83, so
-# that the root mean square of all errors is at most 1.3 times that of the rounding alone. The average of fewer elements
-# than MANY says little. States are not computed from rounded operands and get no allowance.
+# An op that multiplies matrices of 16-bit data rounds what it computed on the way, decays times products and states,
+# to that type before it multiplies again, as every implementation for matrix units does. Per element that may be as
+# much as one rounding of the largest value; over an output, so much that the root mean square of all errors is at most
+# 1.3 times that of the final rounding alone. The average of fewer elements than MANY says little. States are not
+# computed from rounded operands and get no allowance.
 PRODUCTS_RMS = 1.3
 MANY = 256
 

@@ -1,5 +1,6 @@
 // Tensors to the structs of kernel.h.
 #pragma once
+#include "cpu/dispatch.h"
 #include "ssd/kernel.h"
 #include "torch_api/packing.h"
 #include "torch_api/stable.h"
@@ -42,6 +43,8 @@ template <Twin twin> struct Arguments {
     s.cu_seqlens = packed ? packed->boundaries() : nullptr;
     s.sequence_of = packed ? packed->owners() : nullptr;
     s.state = floats(state);
+    const bool halves = s.x.type == DType::bf16 && s.B.type == DType::bf16 && s.C.type == DType::bf16;
+    s.dot = twin == Twin::cpu && halves && cpu_has_avx512_bf16();
   }
 
   bool invalid() const { return packed && !packed->valid; }   // known on a CPU only

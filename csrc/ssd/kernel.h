@@ -44,6 +44,7 @@ struct Ssd {
   const float* state;           // [S, H, P, N] before the first token; null: zeros
   bool exact;                   // token by token, in the arithmetic of the step
   int64_t chunk;                // Q on a CPU, 0: the kernel chooses
+  bool dot;                     // CPU: x, B and C are bfloat16, and the machine has products of pairs of them
 
   View y;                       // [B, T, H, P]
   float* state_out;             // [S, H, P, N] or null

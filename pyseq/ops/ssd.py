@@ -93,8 +93,8 @@ def _match(op: str, time: str, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, 
         head = int((A > 0).nonzero()[0])
         raise dims.fail(
             "A", f"{float(A[head]):g} at head {head}",
-            f"A <= 0: products over a chunk overflow where a state grows. pyseq.selective_scan{'' if time else '_step'} "
-            "takes any A",
+            "A <= 0: products over a chunk overflow where a state grows. "
+            f"pyseq.selective_scan{'' if time else '_step'} takes any A",
         )  # fmt: skip
     return dims
 

@@ -13,6 +13,7 @@ except ImportError as error:
 from . import models, reference
 from ._explain import explain
 from .layers.mamba import Mamba
+from .layers.mamba2 import Mamba2
 from .models.pretrained import from_pretrained
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.linear import PackedLinear, linear, pack_linear
@@ -24,6 +25,7 @@ from .ops.ssd import ssd, ssd_step
 __version__ = "0.1.0"
 __all__ = [
     "Mamba",
+    "Mamba2",
     "PackedLinear",
     "__version__",
     "causal_conv1d",

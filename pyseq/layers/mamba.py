@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyseq._library import REGISTRY, runs_on_gpu
+from pyseq.layers.exact import Exact, exact_dtype
 from pyseq.layers.linear import Linear, in_kernels
 from pyseq.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pyseq.ops.rms_norm_gated import rms_norm_gated
@@ -22,7 +23,7 @@ class MambaState(NamedTuple):
     scan: torch.Tensor  # [B, D, N]
 
 
-class Mamba(torch.nn.Module):
+class Mamba(Exact):
     """[u, z] = W_in x
     u = silu(conv(u))
     [dt, B, C] = W_x u
@@ -38,6 +39,8 @@ class Mamba(torch.nn.Module):
     uniform ("random") or constant ("constant") at dt_scale / sqrt(R). use_fast_path is accepted so that code written
     for mamba-ssm runs; there is one path. layer_idx is kept and not used.
     """
+
+    exact = ("A_log", "D", "dt_proj.bias")
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class Mamba(torch.nn.Module):
         self.dt_init_floor, self.mixer_rms_eps, self.layer_idx = dt_init_floor, mixer_rms_eps, layer_idx
 
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        exact: dict[str, Any] = {"device": device, "dtype": dtype if dtype == torch.float64 else torch.float32}
+        exact: dict[str, Any] = {"device": device, "dtype": exact_dtype(dtype)}
         self.in_proj = Linear(d_model, 2 * d_inner, bias=bias, **kind)
         self.conv1d = torch.nn.Conv1d(
             d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias, **kind
@@ -212,17 +215,6 @@ class Mamba(torch.nn.Module):
         if x.dim() != dim or x.shape[-1] != self.d_model:
             axes = "[B, T, d_model]" if dim == 3 else "[B, d_model]"
             raise ValueError(f"x must be {axes} with d_model = {self.d_model}, got {list(x.shape)}")
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Mamba:
-        # A half type has too few digits for A_log, D and the steps' bias: they follow to another device, not to it.
-        exact = [(p, p.data) for p in (self.A_log, self.D, self.dt_proj.bias)]
-        super()._apply(fn, recurse)
-        for p, (_, before) in zip((self.A_log, self.D, self.dt_proj.bias), exact, strict=True):
-            if p.dtype in (torch.float16, torch.bfloat16):
-                p.data = before.to(p.device)
-                if p.grad is not None:
-                    p.grad = p.grad.to(before.dtype)
-        return self
 
     def extra_repr(self) -> str:
         text = f"d_model={self.d_model}, d_inner={self.d_inner}, d_state={self.d_state}, d_conv={self.d_conv}"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyseq._library import REGISTRY
+from pyseq.layers.exact import Exact, exact_dtype
 from pyseq.layers.linear import Embedding, Linear, Packable, in_kernels
 from pyseq.models import generation
 from pyseq.models.checks import check_ids, check_mask
@@ -25,18 +26,19 @@ class Output(NamedTuple):
     state: ModelState
 
 
-class RMSNorm(torch.nn.Module):
+class RMSNorm(Exact):
     """r = x + residual; y = weight * r / sqrt(mean(r^2) + eps). Returns (y in x's type, r in float32).
 
     The sum, the norm and the product with the float32 weight are rounded once, at y: transformers rounds before the
     product too, the original code rounds r to the model's type in some paths.
     """
 
+    exact = ("weight",)
+
     def __init__(self, size: int, eps: float, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.eps = eps
-        dtype = dtype if dtype == torch.float64 else torch.float32
-        self.weight = torch.nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        self.weight = torch.nn.Parameter(torch.ones(size, device=device, dtype=exact_dtype(dtype)))
         self.weight._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,15 +58,6 @@ class RMSNorm(torch.nn.Module):
             return y, x.float() if residual is None else total
 
         return norm
-
-    def _apply(self, fn: Any, recurse: bool = True) -> RMSNorm:
-        before = self.weight.data
-        super()._apply(fn, recurse)
-        if self.weight.dtype in (torch.float16, torch.bfloat16):
-            self.weight.data = before.to(self.weight.device)
-            if self.weight.grad is not None:
-                self.weight.grad = self.weight.grad.to(before.dtype)
-        return self
 
 
 class Block(torch.nn.Module):

@@ -1,0 +1,56 @@
+"""The norm with a gate at the end of a Mamba-2 layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pyseq._library import REGISTRY
+from pyseq.layers.exact import Exact, exact_dtype
+from pyseq.layers.linear import in_kernels
+from pyseq.ops.rms_norm_gated import rms_norm_gated
+
+Tensor = torch.Tensor
+
+
+class GatedRMSNorm(Exact):
+    """v = x silu(z); y = weight * v / sqrt(mean(v^2) + eps), the mean over groups of `group_size` channels.
+
+    With norm_before_gate v = x, and the gate multiplies y. x, z: [..., size]; y has x's type. `weight` stays float32
+    when the module is cast to a half type.
+    """
+
+    exact = ("weight",)
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.norm_before_gate = eps, norm_before_gate
+        self.group_size = size if group_size is None else group_size
+        self.weight = torch.nn.Parameter(torch.ones(size, device=device, dtype=exact_dtype(dtype)))
+        self.weight._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return rms_norm_gated(  # type: ignore[return-value]
+            x, self.weight, z, eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate
+        )
+
+    def stepper(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """forward for a loop in inference mode, without the op's checks."""
+        if not in_kernels(self.weight):
+            return self
+        kernel = REGISTRY["rms_norm_gated"].active.forward
+        weight, eps, size, before = self.weight, self.eps, self.group_size, self.norm_before_gate
+        return lambda x, z: kernel(x, weight, z, None, eps, size, before)[0]
+
+    def extra_repr(self) -> str:
+        text = f"{self.weight.numel()}, group_size={self.group_size}, eps={self.eps}"
+        return f"{text}, norm_before_gate=True" if self.norm_before_gate else text

@@ -190,15 +190,16 @@ inline vh narrow_bf16(vf v) {   // to nearest, ties to even; NaN stays NaN
 
 #if !defined(__F16C__)
 inline float widen_f16_bits(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
-  // Shifting the float16 exponent into float32's place leaves it 112 too small; a multiply by 2^112 mends subnormals too.
-  uint32_t bits = rest;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  f = (h & 0x7c00) == 0x7c00 ? f : f * 0x1p112f;
-  std::memcpy(&bits, &f, 4);
-  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h & 0x7c00;
+  uint32_t bits = uint32_t(h & 0x7fff) << 13;
+  if (exponent == 0) {   // subnormal: an integer times 2^-24. Nothing here is subnormal in float32, which may be flushed
+    const float f = float(h & 0x3ff) * 0x1p-24f;
+    std::memcpy(&bits, &f, 4);
+  } else {
+    bits = exponent == 0x7c00 ? bits | 0x7f800000 : bits + (112u << 23);   // a float32's exponent is biased by 112 more
+  }
   bits |= sign;
+  float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }

@@ -44,6 +44,7 @@ template <Twin twin> struct Arguments {
     s.sequence_of = packed ? packed->owners() : nullptr;
     s.state = floats(state);
     const bool halves = s.x.type == DType::bf16 && s.B.type == DType::bf16 && s.C.type == DType::bf16;
+    s.threads = twin == Twin::cpu ? torch::stable::get_num_threads() : 1;
     s.dot = twin == Twin::cpu && halves && cpu_has_avx512_bf16();
   }
 

@@ -58,6 +58,7 @@ struct Ssd {
   float* dstate;                // [S, H, P, N] or null
   float *dA, *dD, *dbias;       // [H], [H, D_width], [H]; the last two or null
 
+  int64_t threads;              // CPU: how many will share the units
   float* scratch;               // CPU: of the thread, ssd_forward_scratch(s) or ssd_backward_scratch(s) floats, 64-byte aligned
   float* workspace;             // of the call: ssd_*_workspace(s) floats, 64-byte aligned
 };

@@ -1,4 +1,4 @@
-// Products of small float32 matrices that lie in the scratch of a thread, by register tiles: R rows by C vectors of sums.
+// Products of small float32 matrices in the scratch of a thread, by register tiles: R rows by C vectors of sums.
 #pragma once
 #include "cpu/simd.h"
 
@@ -32,37 +32,40 @@ template <int R, int C>
   for (int64_t k = 0; k < n; ++k) multiply_one(sum, 0, R, a + k * step, row, w + k * width);
 }
 
-// The R x R block on a diagonal: row r takes k <= r (multiply_lower) or k >= r (multiply_upper). What lies on the other side
-// is not read: a NaN there, of a token that has yet to come, stays there.
+// The R x R block on a diagonal: row r takes k <= r (multiply_lower) or k >= r (multiply_upper). What lies on the other
+// side is not used: a NaN there, of a token that has yet to come, stays there.
 template <int R, int C>
-[[gnu::always_inline]] inline void multiply_lower(vf (&sum)[R][C], const float* a, int64_t row, int64_t step, const float* w,
-                                                  int64_t width) {
+[[gnu::always_inline]] inline void multiply_lower(vf (&sum)[R][C], const float* a, int64_t row, int64_t step,
+                                                  const float* w, int64_t width) {
 #pragma GCC unroll 6
   for (int k = 0; k < R; ++k) multiply_one(sum, k, R, a + k * step, row, w + k * width);
 }
 template <int R, int C>
-[[gnu::always_inline]] inline void multiply_upper(vf (&sum)[R][C], const float* a, int64_t row, int64_t step, const float* w,
-                                                  int64_t width) {
+[[gnu::always_inline]] inline void multiply_upper(vf (&sum)[R][C], const float* a, int64_t row, int64_t step,
+                                                  const float* w, int64_t width) {
 #pragma GCC unroll 6
   for (int k = 0; k < R; ++k) multiply_one(sum, 0, k + 1, a + k * step, row, w + k * width);
 }
 
 // What the sums of a tile start from, and where they go. Rows are `width` apart.
-template <int R, int C> [[gnu::always_inline]] inline void load_tile(vf (&sum)[R][C], const float* from, int64_t width) {
+template <int R, int C>
+[[gnu::always_inline]] inline void load_tile(vf (&sum)[R][C], const float* from, int64_t width) {
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sum[r][c] = load(from + r * width + c * W);
   }
 }
-template <int R, int C> [[gnu::always_inline]] inline void store_tile(float* to, int64_t width, const vf (&sum)[R][C]) {
+template <int R, int C>
+[[gnu::always_inline]] inline void store_tile(float* to, int64_t width, const vf (&sum)[R][C]) {
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(to + r * width + c * W, sum[r][c]);
   }
 }
-template <int R, int C> [[gnu::always_inline]] inline void scale_rows(vf (&sum)[R][C], const float* by) {   // sum[r] *= by[r]
+template <int R, int C>
+[[gnu::always_inline]] inline void scale_rows(vf (&sum)[R][C], const float* by) {   // sum[r] *= by[r]
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     const vf v = splat(by[r]);
@@ -71,8 +74,8 @@ template <int R, int C> [[gnu::always_inline]] inline void scale_rows(vf (&sum)[
   }
 }
 
-// Calls f.operator()<R, C>(row, column) for tiles that cover rows x columns; the last of a row of tiles may reach beyond
-// `columns`, to whole_vectors(columns). Rows of tiles come one after another: R is 6 until fewer rows are left.
+// Calls f.operator()<R, C>(row, column) for tiles that cover rows x columns; the last of a row of tiles may reach to
+// whole_vectors(columns). R is 6 until fewer rows are left, then 4, 2 and 1.
 template <int R, class F> inline void for_columns(int64_t row, int64_t columns, const F& f) {
   int64_t c = 0;
   if constexpr (kTileVectors == 4) {
@@ -105,15 +108,16 @@ inline void load_rows(float* to, const View& x, int64_t at, int64_t stride, int6
   }
 }
 
-// to[column][row] = from[row][column], for whole vectors of both: from [rows, from_width], zeros behind `rows` in `to`.
-inline void transpose_rows(float* to, int64_t to_width, const float* from, int64_t from_width, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; r += W) {
+// to[column][row] = from[row][column]. Rows of `to` are to_width wide: zeros behind `rows`.
+inline void transpose_rows(float* to, int64_t to_width, const float* from, int64_t from_width, int64_t rows,
+                           int64_t columns) {
+  for (int64_t r = 0; r < to_width; r += W) {
     for (int64_t c = 0; c < columns; c += W) {
       vf v[W];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < W; ++i) v[i] = r + i < rows ? load(from + (r + i) * from_width + c) : vf{};
+      for (int64_t i = 0; i < W; ++i) v[i] = r + i < rows ? load(from + (r + i) * from_width + c, columns - c) : vf{};
       transpose(v);
-      for (int64_t i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * to_width + r, v[i]);
+      for (int64_t i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * to_width + r, v[i], to_width - r);
     }
   }
 }

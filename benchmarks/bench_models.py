@@ -15,7 +15,7 @@ import torch
 
 import pyseq
 from benchmarks import probe
-from benchmarks.peers import llama_cpp_peer, require, transformers_peer
+from benchmarks.peers import gguf_file, llama_cpp_peer, require, transformers_peer
 
 PROMPT = 512
 TARGETS = {"prefill": {"llama.cpp": 4}, 1: {"llama.cpp": 1.1}, 8: {"llama.cpp": 3}}
@@ -31,14 +31,14 @@ def folder():
 
 @functools.cache
 def weights():
-    return transformers_peer.model().state_dict()
+    return transformers_peer.model("mamba-130m").state_dict()
 
 
 @functools.cache
 def checkpoint():
     """A transformers checkpoint of the weights, which pyseq loads as a user would."""
     path = pathlib.Path(folder().name) / "hf"
-    transformers_peer.model(weights()).save_pretrained(path)
+    transformers_peer.model("mamba-130m", weights()).save_pretrained(path)
     return path
 
 
@@ -49,13 +49,13 @@ def ours(dtype):
 
 @functools.cache
 def transformers_model(dtype):
-    return transformers_peer.model(weights(), getattr(torch, dtype))
+    return transformers_peer.model("mamba-130m", weights(), getattr(torch, dtype))
 
 
 @functools.cache
 def llama_cpp(dtype):
     path = pathlib.Path(folder().name) / f"{dtype}.gguf"
-    llama_cpp_peer.write_gguf(path, weights(), {"float32": "f32", "bfloat16": "bf16"}[dtype])
+    gguf_file.write(path, weights(), {"float32": "f32", "bfloat16": "bf16"}[dtype])
     return llama_cpp_peer.Model(path)
 
 
@@ -127,6 +127,6 @@ def test_layer_step(compare):
     compare(
         "one Mamba layer of mamba-130m, step, batch 1",
         {"pyseq, packed": lambda: call_packed, "pyseq": lambda: call,
-         "transformers": lambda: transformers_peer.mixer_step(1)},
+         "transformers": lambda: transformers_peer.mixer_step("mamba-130m")},
         targets={"transformers": 5}, bytes=4 * (768 * 3072 + 1536 * 80 + 48 * 1536 + 1536 * 768), rounds=15,
     )

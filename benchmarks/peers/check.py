@@ -1,4 +1,4 @@
-"""Checks every peer against a float64 loop at a small shape, and llama.cpp's model against transformers'.
+"""Checks every peer against a float64 loop at a small shape, and llama.cpp's models against transformers'.
 
     python -m benchmarks.peers.check
 
@@ -15,11 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import PeerMissing, compiled_loop, inputs, llama_cpp_peer, mambapy_peer, torch_conv
+from . import (
+    PeerMissing,
+    compiled_loop,
+    fla_peer,
+    gguf_file,
+    inputs,
+    llama_cpp_peer,
+    mambapy_peer,
+    torch_conv,
+    torch_ssd,
+)
 from . import transformers_peer as hf
 
 OP_BOUND = 1e-5  # float32 sums over 128 steps and, for dA, over batch and time
 LOGITS_BOUND = 1e-5
+STEP = (2, 4, 16, 32, 2)   # batch, heads, width, states, groups
 
 
 def scan_loop(x: inputs.Scan, bare: bool = False) -> Tensor:
@@ -44,7 +55,25 @@ def conv_loop(x: inputs.Conv, bare: bool = False) -> Tensor:
     return y if bare else F.silu(y + x.bias)
 
 
-def gradients(loop: Callable[..., Tensor], x: inputs.Scan | inputs.Conv, names: str) -> list[Tensor]:
+def ssd_loop(x: inputs.Ssd, bare: bool = False, state: Tensor | None = None) -> Tensor:
+    """The recurrence, token by token; `bare` leaves out the D skip."""
+    dt, copies = F.softplus(x.dt + x.dt_bias), x.x.shape[2] // x.B.shape[2]
+    B, C = (t.repeat_interleave(copies, 2).unsqueeze(-2) for t in (x.B, x.C))
+    S = x.x.new_zeros(*x.x[:, 0].shape, x.B.shape[-1]) if state is None else state
+    ys = []
+    for t in range(x.x.shape[1]):
+        S = torch.exp(dt[:, t] * x.A)[..., None, None] * S + (dt[..., None] * x.x)[:, t].unsqueeze(-1) * B[:, t]
+        ys.append((S * C[:, t]).sum(-1))
+    y = torch.stack(ys, 1)
+    return y if bare else y + x.D[:, None] * x.x
+
+
+def ssd_step_loop(x: inputs.SsdStep) -> Tensor:
+    token = {name: getattr(x, name).unsqueeze(1) for name in ("x", "dt", "B", "C")}
+    return ssd_loop(inputs.Ssd(**token, A=x.A, D=x.D, dt_bias=x.dt_bias, dy=token["x"]), state=x.state)[:, 0]
+
+
+def gradients(loop: Callable[..., Tensor], x: inputs.Scan | inputs.Conv | inputs.Ssd, names: str) -> list[Tensor]:
     leaves = [getattr(x, name).requires_grad_() for name in names.split()]
     return list(torch.autograd.grad(loop(x), leaves, x.dy))
 
@@ -53,9 +82,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
 
-def model_error() -> float:
+def model_error(name: str) -> float:
     """llama.cpp's logits against transformers', both float32, 24 layers: whole prompt, last token, one step more."""
-    m = hf.model(vocab_size=512)
+    m = hf.model(name, vocab_size=512)
     tokens = torch.randint(512, (100,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         want = m(tokens[None]).logits[0]
@@ -63,7 +92,7 @@ def model_error() -> float:
         after = m(torch.cat([steps, steps[:, -1:]], 1)).logits[1, -1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        llama_cpp_peer.write_gguf(path, m.state_dict())
+        gguf_file.write(path, m.state_dict())
         with llama_cpp_peer.Model(path) as llama:
             whole = error(llama.logits(tokens), want)
             prompt = error(llama.prefill(tokens)(), want[-1])
@@ -75,10 +104,13 @@ def model_error() -> float:
 def main() -> int:
     torch.set_num_threads(2)
     scan, conv = inputs.scan(2, 128, 64, 16), inputs.conv(2, 128, 64)
-    scan64, conv64 = inputs.double(scan), inputs.double(conv)
+    ssd, grouped = inputs.ssd(2, 192, 4, 16, 32), inputs.ssd(2, 150, 4, 16, 32, 2)
+    scan64, conv64, ssd64, grouped64 = map(inputs.double, (scan, conv, ssd, grouped))
     y, bare, filtered = scan_loop(scan64), scan_loop(scan64, bare=True), conv_loop(conv64)
+    dual, pairs = ssd_loop(ssd64), ssd_loop(grouped64)
     dscan = gradients(scan_loop, scan64, "u dt A B C D z dt_bias")
     dconv = gradients(conv_loop, conv64, "x weight bias")
+    ddual, dpairs = (gradients(ssd_loop, x, "x dt A B C D dt_bias") for x in (ssd64, grouped64))
 
     def op(run: Callable[[], Callable[[], object]], *want: Tensor) -> Callable[[], float]:
         def compare() -> float:
@@ -87,6 +119,7 @@ def main() -> int:
 
         return compare
 
+    token = ssd_step_loop(inputs.double(inputs.ssd_step(*STEP)))
     loop_both = compiled_loop.selective_scan_forward_backward
     checks: dict[str, tuple[Callable[[], float], float]] = {
         "transformers selective_scan forward": (op(lambda: hf.selective_scan_forward(scan), y), OP_BOUND),
@@ -107,7 +140,23 @@ def main() -> int:
             op(lambda: llama_cpp_peer.ssm_conv_forward(conv), conv_loop(conv64, bare=True)),
             OP_BOUND,
         ),
-        "llama.cpp model against transformers": (model_error, LOGITS_BOUND),
+        "transformers ssd forward": (op(lambda: hf.ssd_forward(grouped), pairs), OP_BOUND),
+        "transformers ssd forward, chunk 64": (op(lambda: hf.ssd_forward(grouped, 64), pairs), OP_BOUND),
+        "transformers ssd gradients": (op(lambda: hf.ssd_forward_backward(grouped), *dpairs), OP_BOUND),
+        "transformers ssd gradients, chunk 64": (op(lambda: hf.ssd_forward_backward(grouped, 64), *dpairs), OP_BOUND),
+        "transformers ssd step": (op(lambda: hf.ssd_step(inputs.ssd_step(*STEP)), token), OP_BOUND),
+        "fla naive chunk forward": (op(lambda: fla_peer.ssd(grouped, False, naive=True), pairs), OP_BOUND),
+        "fla naive chunk gradients": (op(lambda: fla_peer.ssd(grouped, True, naive=True), *dpairs), OP_BOUND),
+        "torch ssd listing forward": (op(lambda: torch_ssd.ssd_forward(ssd, False), dual), OP_BOUND),
+        "torch ssd listing gradients": (op(lambda: torch_ssd.ssd_forward_backward(ssd, False), *ddual), OP_BOUND),
+        "torch ssd compiled forward": (op(lambda: torch_ssd.ssd_forward(ssd, True), dual), OP_BOUND),
+        "torch ssd compiled gradients": (op(lambda: torch_ssd.ssd_forward_backward(ssd, True), *ddual), OP_BOUND),
+        "llama.cpp ssd forward": (
+            op(lambda: llama_cpp_peer.ssd_forward(grouped), ssd_loop(grouped64, bare=True)),
+            OP_BOUND,
+        ),
+        "llama.cpp mamba against transformers": (lambda: model_error("mamba-130m"), LOGITS_BOUND),
+        "llama.cpp mamba2 against transformers": (lambda: model_error("mamba2-130m"), LOGITS_BOUND),
     }
     failed = 0
     for name, (check, bound) in checks.items():

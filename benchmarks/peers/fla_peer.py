@@ -1,17 +1,21 @@
-"""flash-linear-attention (MIT): its Triton short convolution and gated RMS norm.
+"""flash-linear-attention (MIT): its Triton kernels, and the plain torch form of simple GLA, which runs on a CPU too.
 
 Timed: `causal_conv1d` with bias and SiLU in [B, T, D], which is also its own layout; `causal_conv1d_update`;
-`rms_norm_gated`, which normalises before the gate.
+`rms_norm_gated`, which normalises before the gate; `chunk_simple_gla` and `naive_chunk_simple_gla` as the state-space
+dual: q = C and k = B of every head, v = delta x, g = delta A, with softplus, bias and the D skip around them.
 """
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import require
-from .inputs import Conv, ConvStep, Norm
+from . import PeerMissing, require
+from .inputs import Conv, ConvStep, Norm, Ssd
 
 
 def causal_conv1d(x: Conv, grad: bool) -> Callable[[], Any]:
@@ -49,5 +53,36 @@ def rms_norm_gated(x: Norm, grad: bool) -> Callable[[], Any]:
         data, weight, z = tensors
         y = function(data, z, weight, None, activation="swish", eps=1e-5)
         return torch.autograd.grad(y, tensors, x.dy) if grad else y
+
+    return call
+
+
+def _naive() -> Callable[..., Any]:
+    """naive_chunk_simple_gla, loaded by its file: the packages around it import Triton."""
+    require("einops", "fla-core")
+    spec = importlib.util.find_spec("fla")
+    path = Path(spec.submodule_search_locations[0]) / "ops/simple_gla/naive.py" if spec is not None else Path()
+    if spec is None or not path.is_file():
+        raise PeerMissing("fla-core is missing; `make bench-peers` installs the peers")
+    loader = importlib.util.spec_from_file_location("fla_simple_gla_naive", path)
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    return module.naive_chunk_simple_gla
+
+
+def ssd(x: Ssd, grad: bool, naive: bool) -> Callable[[], Any]:
+    """y, or the gradients of x, dt, A, B, C, D, dt_bias."""
+    function = _naive() if naive else require("fla.ops.simple_gla", "fla-core").chunk_simple_gla
+    tensors = [t.clone().requires_grad_(grad) for t in (x.x, x.dt, x.A, x.B, x.C, x.D, x.dt_bias)]
+    copies = x.x.shape[2] // x.B.shape[2]
+
+    def call() -> Any:
+        data, dt, A, B, C, D, bias = tensors
+        with torch.set_grad_enabled(grad):
+            delta = F.softplus(dt.float() + bias)
+            k, q = (t.repeat_interleave(copies, 2) for t in (B, C))
+            v = (delta.unsqueeze(-1) * data).to(data.dtype)
+            y = function(q, k, v, g=delta * A, scale=1.0)[0] + D.unsqueeze(-1) * data
+            return torch.autograd.grad(y.to(data.dtype), tensors, x.dy) if grad else y
 
     return call

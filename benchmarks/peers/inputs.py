@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SHAPES = {"A": (1, 2048, 1536, 16), "B": (4, 1024, 512, 16)}  # batch, time, channels, state
+MAMBA2_130M = (1, 2048, 24, 64, 128, 1)  # batch, time, heads, width of a head, state, groups
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,35 @@ class MambaStep:
     D: Tensor  # [D]
 
 
-T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep)
+@dataclass(frozen=True)
+class Ssd:
+    """y = S C + D x, S = exp(dt A) S + dt x B^T per head, dt = softplus(dt + dt_bias)."""
+
+    x: Tensor  # [B, T, H, P]
+    dt: Tensor  # [B, T, H]
+    A: Tensor  # [H]
+    B: Tensor  # [B, T, G, N]
+    C: Tensor  # [B, T, G, N]
+    D: Tensor  # [H]
+    dt_bias: Tensor  # [H]
+    dy: Tensor  # [B, T, H, P]
+
+
+@dataclass(frozen=True)
+class SsdStep:
+    """One token of Ssd; the state is updated in place."""
+
+    state: Tensor  # [B, H, P, N]
+    x: Tensor  # [B, H, P]
+    dt: Tensor  # [B, H]
+    A: Tensor  # [H]
+    B: Tensor  # [B, G, N]
+    C: Tensor  # [B, G, N]
+    D: Tensor  # [H]
+    dt_bias: Tensor  # [H]
+
+
+T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep, Ssd, SsdStep)
 
 
 def scan(
@@ -180,6 +209,44 @@ def mamba_step(
         x_proj_weight=weight(rank + 2 * state, channels), dt_proj_weight=weight(channels, rank), dt_bias=scan.dt_bias,
         A=scan.A, D=scan.D,
     )
+
+
+def ssd(
+    batch: int, time: int, heads: int, width: int, state: int, groups: int = 1, dtype: torch.dtype = torch.float32,
+    seed: int = 0, device: str = "cpu",
+) -> Ssd:
+    """Inputs with the magnitudes of a Mamba-2 layer at initialisation: A in -16..-1, softplus(dt) in 0.001..0.1.
+
+    A, D and dt_bias are float32 whatever `dtype` is, as they are in a model.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
+    step = torch.exp(torch.empty(heads, device=device).uniform_(-6.9, -2.3, generator=g))
+    return Ssd(
+        x=normal(batch, time, heads, width).to(dtype),
+        dt=(0.5 * normal(batch, time, heads)).to(dtype),
+        A=-torch.empty(heads, device=device).uniform_(1, 16, generator=g),
+        B=normal(batch, time, groups, state).to(dtype),
+        C=normal(batch, time, groups, state).to(dtype),
+        D=normal(heads),
+        dt_bias=step + torch.log(-torch.expm1(-step)),
+        dy=normal(batch, time, heads, width).to(dtype),
+    )
+
+
+def ssd_step(
+    batch: int, heads: int, width: int, state: int, groups: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0,
+    device: str = "cpu",
+) -> SsdStep:
+    """The first token of `ssd`, and a float32 state of unit variance."""
+    x = ssd(batch, 1, heads, width, state, groups, dtype, seed, device)
+    g = torch.Generator(device).manual_seed(seed + 1)
+    before = torch.randn(batch, heads, width, state, generator=g, device=device)
+    token = {name: getattr(x, name)[:, 0].contiguous() for name in ("x", "dt", "B", "C")}
+    return SsdStep(state=before, A=x.A, D=x.D, dt_bias=x.dt_bias, **token)
 
 
 def double(x: T) -> T:

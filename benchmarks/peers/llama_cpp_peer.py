@@ -1,13 +1,12 @@
-"""llama.cpp (MIT) from llama-cpp-python 0.3.36 (MIT), compiled for this machine; files written with gguf 0.19.0 (MIT).
+"""llama.cpp (MIT) from llama-cpp-python 0.3.36 (MIT), compiled for this machine; gguf_file.py writes its files.
 
 Timed, whole model: `llama_decode` of the C API through ctypes, with default model and context options, for a prompt
 (logits of the last token) or for one token of each sequence, until its logits are ready. No tokenizer, no sampling.
-Timed, bare ops: a ggml graph of one node, `ssm_scan` (softplus of dt inside; no bias, D skip or gate) or `ssm_conv`
-(no bias, no SiLU), into memory that is allocated once. ggml has no backward for either.
+Timed, bare ops: a ggml graph of one node, `ssm_scan` (softplus of dt inside; no bias, D skip or gate) of Mamba or of
+Mamba-2, or `ssm_conv` (no bias, no SiLU), into memory that is allocated once. ggml has no backward for either.
 
-    write_gguf(path, state_dict)          original or transformers' names -> GGUF of architecture "mamba"
     Model(path).logits(tokens), .prefill(tokens), .decode(batch)
-    ssm_scan_forward(x), ssm_conv_forward(x)
+    ssm_scan_forward(x), ssd_forward(x), ssm_conv_forward(x)
 """
 
 import ctypes
@@ -19,65 +18,7 @@ import torch
 from torch import Tensor
 
 from . import require
-from .inputs import Conv, Scan
-
-
-def write_gguf(path: Path, state_dict: dict[str, Tensor], kind: str = "f32", norm_eps: float = 1e-5) -> None:
-    """Store Mamba-1 weights for llama.cpp, without a vocabulary; the head is tied to the embedding.
-
-    `kind` is "f32", "f16" or "bf16" and applies to the matrices; vectors, A and the conv stay float32, as llama.cpp's
-    own converter leaves them.
-    """
-    gguf = require("gguf", "gguf")
-    w = {name.removeprefix("backbone.").replace("embeddings.", "embedding."): t for name, t in state_dict.items()}
-    layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))
-    vocabulary, width = w["embedding.weight"].shape
-    channels, state = w["layers.0.mixer.A_log"].shape
-
-    out = gguf.GGUFWriter(path, "mamba")
-    out.add_context_length(1 << 20)
-    out.add_embedding_length(width)
-    out.add_feed_forward_length(0)
-    out.add_head_count(0)
-    out.add_block_count(layers)
-    out.add_ssm_conv_kernel(w["layers.0.mixer.conv1d.weight"].shape[-1])
-    out.add_ssm_inner_size(channels)
-    out.add_ssm_state_size(state)
-    out.add_ssm_time_step_rank(w["layers.0.mixer.dt_proj.weight"].shape[1])
-    out.add_layer_norm_rms_eps(norm_eps)
-    out.add_tokenizer_model("no_vocab")
-    out.add_vocab_size(vocabulary)
-
-    def vector(name: str, t: Tensor) -> None:
-        out.add_tensor(name, t.detach().float().contiguous().numpy())
-
-    def matrix(name: str, t: Tensor) -> None:
-        if kind == "bf16":
-            bits = t.detach().bfloat16().contiguous().view(torch.int16).numpy().view("uint8")
-            out.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        elif kind in ("f32", "f16"):
-            out.add_tensor(name, t.detach().to(torch.float16 if kind == "f16" else torch.float32).contiguous().numpy())
-        else:
-            raise ValueError(f"kind must be f32, f16 or bf16, not {kind!r}")
-
-    matrix("token_embd.weight", w["embedding.weight"])
-    vector("output_norm.weight", w["norm_f.weight"])
-    for i in range(layers):
-        m, b = f"layers.{i}.mixer", f"blk.{i}"
-        vector(f"{b}.attn_norm.weight", w[f"layers.{i}.norm.weight"])
-        matrix(f"{b}.ssm_in.weight", w[f"{m}.in_proj.weight"])
-        vector(f"{b}.ssm_conv1d.weight", w[f"{m}.conv1d.weight"].squeeze(1))
-        vector(f"{b}.ssm_conv1d.bias", w[f"{m}.conv1d.bias"])
-        matrix(f"{b}.ssm_x.weight", w[f"{m}.x_proj.weight"])
-        matrix(f"{b}.ssm_dt.weight", w[f"{m}.dt_proj.weight"])
-        vector(f"{b}.ssm_dt.bias", w[f"{m}.dt_proj.bias"])
-        vector(f"{b}.ssm_a", -torch.exp(w[f"{m}.A_log"].float()))
-        vector(f"{b}.ssm_d", w[f"{m}.D"])
-        matrix(f"{b}.ssm_out.weight", w[f"{m}.out_proj.weight"])
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+from .inputs import Conv, Scan, Ssd
 
 
 class Model:
@@ -191,6 +132,18 @@ def ssm_scan_forward(x: Scan, threads: int = 2) -> Callable[[], Tensor]:
     ids = g.tensor(torch.arange(batch, dtype=torch.int32))
     node = g.base.ggml_ssm_scan(g.context, h, u, dt, g.tensor(x.A), b, c, ids, ctypes.c_int64(1))
     return g.computing(node, x.u.shape)
+
+
+def ssd_forward(x: Ssd, threads: int = 2) -> Callable[[], Tensor]:
+    """y = S C without bias and D skip, by the recurrence: dt_bias is added before, outside the timed part."""
+    batch, _, heads, width = x.x.shape
+    last = batch * heads * width * x.B.shape[3]
+    g = _Graph(2 * x.x.numel() + x.dt.numel() + heads + 2 * x.B.numel() + 2 * last, threads)
+    S = g.tensor(torch.zeros(batch, heads, width, x.B.shape[3]))
+    data, dt, A = g.tensor(x.x), g.tensor(x.dt + x.dt_bias), g.tensor(x.A.unsqueeze(1))
+    ids = g.tensor(torch.arange(batch, dtype=torch.int32))
+    node = g.base.ggml_ssm_scan(g.context, S, data, dt, A, g.tensor(x.B), g.tensor(x.C), ids, ctypes.c_int64(1))
+    return g.computing(node, x.x.shape)
 
 
 def ssm_conv_forward(x: Conv, threads: int = 2) -> Callable[[], Tensor]:

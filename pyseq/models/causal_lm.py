@@ -223,7 +223,7 @@ class CausalLM(torch.nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes model.safetensors and config.json (and tokenizer.json) into the folder `path`, atomically.
 
-        transformers reads what a Mamba or FalconMamba model writes.
+        transformers reads what a Mamba, FalconMamba or Mamba-2 model writes, if it has such a layer.
         """
         from pyseq.models.pretrained import save_pretrained
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from pyseq.layers.mamba import Mamba
+from pyseq.layers.mamba2 import Mamba2
 
-LAYERS: dict[str, type[torch.nn.Module]] = {"Mamba": Mamba}
+LAYERS: dict[str, type[torch.nn.Module]] = {"Mamba": Mamba, "Mamba2": Mamba2}
 
 LIMITS = {"d_model": 1 << 20, "n_layer": 1 << 14, "vocab_size": 1 << 24, "pad_vocab_size_multiple": 1 << 20}
 
@@ -62,7 +63,7 @@ class Config:
     def make_layer(self, index: int, **kind: Any) -> torch.nn.Module:
         try:
             return LAYERS[self.layer](self.d_model, **{"layer_idx": index, **self.layer_args, **kind})
-        except (TypeError, RuntimeError, OverflowError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"config: layer_args do not fit {self.layer}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:

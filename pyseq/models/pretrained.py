@@ -20,23 +20,25 @@ from pyseq.models.text import load_tokenizer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+MISTRAL, PARAMS = "consolidated*", "params.json"  # Mistral's layout, often beside transformers' of the same weights
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+HUB_FILES = [CONFIG, PARAMS, "generation_config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 
 
 def from_pretrained(path: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None) -> CausalLM:
     """Reads a model from a folder, a .safetensors file with its config.json beside it, or a Hub id.
 
-    Layouts: this package's, transformers' Mamba and FalconMamba (sharded or not), and the original state-spaces
-    checkpoints converted to safetensors. `dtype` None keeps the weights' type; A_log, D, the steps' bias and norm
-    weights are float32 in any case. The model is in evaluation mode. Raises ValueError for files that do not hold
-    what their config says.
+    Layouts: this package's, transformers' Mamba, FalconMamba and Mamba-2 (sharded or not), the original state-spaces
+    checkpoints of both converted to safetensors, and Mistral's consolidated.safetensors with params.json. `dtype` None
+    keeps the weights' type; A_log, D, the steps' bias and norm weights are float32 in any case. The model is in
+    evaluation mode. Raises ValueError for files that do not hold what their config says, and for models of other
+    kinds, hybrids with attention among them.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     folder, files = _find(path)
     tensors: Tensors = TensorFile(files[0]) if len(files) == 1 else TensorFiles(files)
-    raw = read_json(_config_beside(folder))
+    raw = read_json(_config_beside(folder, files[0]))
     generation = folder / "generation_config.json"
     if "pyseq" not in raw and generation.is_file():  # transformers lets it win over config.json
         raw = {**raw, **{k: v for k, v in read_json(generation).items() if k.endswith("_token_id")}}
@@ -107,7 +109,7 @@ def _find(path: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
     if not where.exists():
         if not HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
             raise FileNotFoundError(f"path: {where} is not there, and is not a Hub id like owner/name")
-        where = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES))
+        where = _download(str(path))
     if (where / WEIGHTS).is_file():
         return where, [where / WEIGHTS]
     if (where / INDEX).is_file():
@@ -125,11 +127,21 @@ def _find(path: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
     )
 
 
-def _config_beside(folder: Path) -> Path:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no {CONFIG} in {folder}; a checkpoint needs the one it was published with")
-    return path
+def _download(name: str) -> Path:
+    """Weights in Mistral's layout only where there are no others: they would be the same ones again."""
+    where = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=[MISTRAL]))
+    if not any(where.glob("*.safetensors")):
+        where = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    return where
+
+
+def _config_beside(folder: Path, weights: Path) -> Path:
+    """config.json, or params.json, where Mistral's layout has what the other has in its."""
+    known = (PARAMS, CONFIG) if weights.match(MISTRAL) else (CONFIG, PARAMS)
+    for name in known:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"path: no {CONFIG} in {folder}; a checkpoint needs the one it was published with")
 
 
 def _pickle(path: Path) -> ValueError:

@@ -26,7 +26,18 @@ def tiny():
     return make
 
 
-@pytest.fixture(params=["mamba", "falcon_mamba"])
+@pytest.fixture
+def tiny2(tiny):
+    """`tiny` of Mamba-2 layers: 8 heads of 8 channels in 2 groups."""
+
+    def make(dtype=None, **options):
+        layer_args = {"headdim": 8, "ngroups": 2, **options.pop("layer_args", {})}
+        return tiny(dtype=dtype, layer="Mamba2", layer_args=layer_args, **options)
+
+    return make
+
+
+@pytest.fixture(params=["mamba", "falcon_mamba", "mamba2", "mamba2 of 3 groups"])
 def theirs(request):
     """A factory of transformers models of one family."""
     import transformers
@@ -36,10 +47,15 @@ def theirs(request):
     Config, Model = {
         "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
         "falcon_mamba": (transformers.FalconMambaConfig, transformers.FalconMambaForCausalLM),
-    }[request.param]
+        "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM),
+    }[request.param.split()[0]]
 
     def make(**options):
         sizes = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 8}
+        if Model is transformers.Mamba2ForCausalLM:
+            heads = options.get("expand", 2) * 48 // 8
+            groups = 3 if request.param.endswith("3 groups") else 1
+            sizes |= {"num_heads": heads, "head_dim": 8, "n_groups": groups, "tie_word_embeddings": True}
         return shake(Model, Config(**{**sizes, **options}))
 
     make.Model = Model

@@ -17,12 +17,17 @@ from pyseq.train import Settings, loop
 from pyseq.train.batches import Batch
 
 META = torch.device("meta")
-KINDS = {"mamba": {}, "falcon": {"mixer_rms_eps": 1e-6}}
-by_kind = pytest.mark.parametrize("layer_args", KINDS.values(), ids=KINDS)
+KINDS = {
+    "mamba": {},
+    "falcon": {"layer_args": {"mixer_rms_eps": 1e-6}},
+    "mamba2": {"layer": "Mamba2", "layer_args": {"headdim": 8, "ngroups": 2}},
+}
+by_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
 
-def model_of(layer_args, **kind):
-    config = Config(d_model=32, n_layer=2, vocab_size=61, layer_args={"d_state": 8, **layer_args})
+def model_of(options, **kind):
+    layer_args = {"d_state": 8, **options.get("layer_args", {})}
+    config = Config(d_model=32, n_layer=2, vocab_size=61, **{**options, "layer_args": layer_args})
     return CausalLM(config, device=META, **kind)
 
 
@@ -36,21 +41,21 @@ def all_meta(*values):
 
 @by_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_and_backward(layer_args, dtype):
-    model = model_of(layer_args, dtype=dtype)
+def test_forward_and_backward(options, dtype):
+    model = model_of(options, dtype=dtype)
     out = model(ids(2, 7))
     packed = model(ids(1, 7), cu_seqlens=ids(3))
-    assert all_meta(out, packed) and out.logits.shape == (2, 7, 64) and packed.state[0].scan.shape[0] == 2
+    assert all_meta(out, packed) and out.logits.shape == (2, 7, 64) and packed.state[0][1].shape[0] == 2
     (out.logits.sum() + packed.logits.sum()).backward()
     assert all_meta([p.grad for p in model.parameters()])
 
 
 @by_kind
 @pytest.mark.parametrize("fused", [False, True], ids=["op by op", "fused"])
-def test_steps(layer_args, fused, monkeypatch):
+def test_steps(options, fused, monkeypatch):
     monkeypatch.setattr(mamba, "runs_on_gpu", lambda t: fused)
     for dtype in (torch.float32, torch.bfloat16):
-        model = model_of(layer_args, dtype=dtype)
+        model = model_of(options, dtype=dtype)
         with torch.inference_mode():
             state = model.init_state(2)
             logits, state = model.step(ids(2), state)
@@ -58,19 +63,19 @@ def test_steps(layer_args, fused, monkeypatch):
 
 
 @by_kind
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize("how", [
     {"temperature": 0},
     {"seed": 1, "top_k": 5, "repetition_penalty": 1.2},
     {"top_p": 0.9, "eos_token_id": [3, 4], "return_state": True},
 ])  # fmt: skip
-def test_generation_asks_for_no_value(layer_args, options, monkeypatch):
+def test_generation_asks_for_no_value(options, how, monkeypatch):
     monkeypatch.setattr(mamba, "runs_on_gpu", lambda t: True)
     monkeypatch.setattr(Decoding, "all_done", lambda run: False)
-    assert all_meta(generation.generate(model_of(layer_args), ids(2, 5), 20, **options))
+    assert all_meta(generation.generate(model_of(options), ids(2, 5), 20, **how))
 
 
 @by_kind
-def test_a_step_of_training(layer_args, monkeypatch):
+def test_a_step_of_training(options, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())   # which has no meta device
     batch = Batch(
         inputs=torch.zeros(1, 12, dtype=torch.int64), targets=torch.zeros(1, 12, dtype=torch.int64),
@@ -79,12 +84,12 @@ def test_a_step_of_training(layer_args, monkeypatch):
     )  # fmt: skip
     run = loop.Run.__new__(loop.Run)
     run.settings = Settings(device="meta", steps=1, batch=2, length=6, carry_state=True)
-    model = model_of(layer_args)
+    model = model_of(options)
     rows = model.init_state(2)
     loss, state = run._loss(model, batch, loop.carried_state(rows, batch))
     loss.backward()
     rows = loop.final_rows(state, batch)
-    assert all_meta(loss, rows) and rows[0].scan.shape[0] == 2
+    assert all_meta(loss, rows) and rows[0][1].shape[0] == 2
     assert all(p.grad is not None for p in model.parameters())
 
 

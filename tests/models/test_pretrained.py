@@ -68,17 +68,18 @@ def test_hub_id(tiny, tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
     asked = []
 
-    def download(name, allow_patterns):
-        asked.append(name)
+    def download(name, allow_patterns, ignore_patterns=()):
+        asked.append((name, *ignore_patterns))
         assert not any(pattern.endswith((".bin", ".pt")) for pattern in allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     pyseq.from_pretrained("someone/some-model_1.0")
-    assert asked == ["someone/some-model_1.0"]
+    assert asked == [("someone/some-model_1.0", "consolidated*")]  # the same weights twice, where both are there
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="pyseq convert"):
         pyseq.from_pretrained("someone/a-pickle")
+    assert asked[1:] == [("someone/a-pickle", "consolidated*"), ("someone/a-pickle",)]
     for path in ("nowhere", "./a/b", "/a/b", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="path"):
             pyseq.from_pretrained(path)

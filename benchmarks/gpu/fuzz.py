@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import time
@@ -61,6 +62,33 @@ def selective_scan(rng: random.Random, g: torch.Generator, most: int) -> Argumen
     return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)} if packed else {})
 
 
+def ssd(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    packed, softplus = rng.random() < 0.3, rng.random() < 0.7
+    batch, groups = 1 if packed else rng.randint(1, 2), rng.choice((1, 1, 2, 3))
+    heads, width, states = groups * rng.randint(1, 2), _width(rng, most), _width(rng, 2 * most)
+    time_ = _length(rng, min(most, (1 << 21) // (batch * heads * width * states)))   # the reference keeps every state
+    dt, bias, cuts = _normal(g, batch, time_, heads), _normal(g, heads), _cuts(rng, time_)
+    arguments: Arguments = {
+        "x": _normal(g, batch, time_, heads, width), "dt": dt if softplus else 0.1 + 0.1 * dt.abs(),
+        "A": -torch.linspace(0.3, 4, heads, dtype=torch.float64), "B": _normal(g, batch, time_, groups, states),
+        "C": _normal(g, batch, time_, groups, states), "dt_softplus": softplus, "return_state": rng.random() < 0.5,
+        "exact": rng.random() < 0.2, "chunk_size": rng.choice((None, None, 16, 48, 256)),
+        "dt_limit": (0.05, 0.3) if rng.random() < 0.2 else (0.0, math.inf),
+    }
+    optional = {
+        "D": _normal(g, heads, width) if rng.random() < 0.3 else _normal(g, heads),
+        "z": _normal(g, batch, time_, heads, width), "dt_bias": bias - 2 if softplus else 0.1 * bias.abs(),
+        "state": _normal(g, len(cuts) - 1 if packed else batch, heads, width, states),
+    }
+    arguments |= {name: value for name, value in optional.items() if rng.random() < 0.5}
+    return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)} if packed else {})
+
+
+def _width(rng: random.Random, most: int) -> int:
+    """Those of the models, or any."""
+    return min(rng.choice((16, 64, 64, 128, _length(rng, most) + 1)), most)
+
+
 def causal_conv1d(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
     packed = rng.random() < 0.3
     batch, time_ = 1 if packed else rng.randint(1, 3), _length(rng, most)
@@ -100,7 +128,7 @@ def mamba_step(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
 
 
 DRAWS: dict[str, Callable[[random.Random, torch.Generator, int], Arguments]] = {
-    "selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "rms_norm_gated": rms_norm_gated,
+    "selective_scan": selective_scan, "ssd": ssd, "causal_conv1d": causal_conv1d, "rms_norm_gated": rms_norm_gated,
     "mamba_step": mamba_step,
 }
 

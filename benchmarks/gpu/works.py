@@ -1,20 +1,30 @@
 """What is timed: shapes, pyseq's call, the peers' calls, the float64 value of both, and what bounds them.
 
 Data are bfloat16, weights and states float32. Bytes count every input read once and every output written once; `ex2`
-counts the results of the special-function unit: one per state, two for softplus, one for silu.
+counts the results of the special-function unit: one per state or decay, two for softplus, one for silu. `flops` are
+those of matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 import pyseq
-from benchmarks.peers import causal_conv1d_peer, compiled_loop, fla_peer, inputs, mamba_ssm_peer, torch_conv, torch_norm
+from benchmarks.peers import (
+    causal_conv1d_peer,
+    compiled_loop,
+    fla_peer,
+    inputs,
+    mamba_ssm_peer,
+    torch_conv,
+    torch_norm,
+    torch_ssd,
+)
 from pyseq import reference
 
 Call = Callable[[], Any]
@@ -34,6 +44,7 @@ class Work:
     peers: dict[str, Make] = field(default_factory=dict)
     bytes: float = 0.0
     ex2: float = 0.0
+    flops: float = 0.0
     goal: float | None = None          # seconds, on an H200
     targets: dict[str, float] = field(default_factory=dict)
     step: bool = False                 # one token: timed in a graph
@@ -90,6 +101,42 @@ def _scan(name: str, batch: int, time: int, dim: int, states: int, **more: Any) 
              ours=_sequence(pyseq.selective_scan, names, True, **options),
              exact=_sequence(reference.selective_scan, names, True, **options), goal=both[1]),
     ]
+
+
+def _no_gate(function: Callable[..., Any]) -> Callable[..., Any]:
+    """ssd or its step without z: dt_bias comes last."""
+
+    def call(*tensors: Any, **options: Any) -> Any:
+        return function(*tensors[:-1], dt_bias=tensors[-1], dt_softplus=True, **options)
+
+    return call
+
+
+def _ssd(
+    name: str, batch: int, time: int, heads: int, goals: tuple[float | None, ...] = (None, None), small_time: int = 128
+) -> list[Work]:
+    """P 64, N 128, one group. Products in chunks of 64: forward 2 P N, Q/2 P and, shared by the heads, Q/2 N
+    multiply-adds per token and head; backward 5 P N, Q P and 3/2 Q N."""
+    width, states, chunk, names = 64, 128, 64, " ".join(torch_ssd.NAMES)
+    rows, each, shared = batch * time * heads * width, batch * time * heads, batch * time * states
+    forward = each * (2 * width * states + chunk / 2 * width) + shared * chunk / 2
+    backward = each * (5 * width * states + chunk * width) + shared * chunk * 1.5
+    works = []
+    for grad, kind in ((False, "forward"), (True, "forward+backward")):
+        peers: dict[str, Make] = {
+            "mamba-ssm": partial(mamba_ssm_peer.ssd, grad=grad),
+            "fla simple GLA": partial(fla_peer.ssd, grad=grad, naive=False),
+            "torch, compiled chunks":
+                partial(torch_ssd.ssd_forward_backward if grad else torch_ssd.ssd_forward, compiled=True),
+        }
+        works.append(Work(
+            f"ssd {kind}, {name}", "ssd", inputs.ssd, (batch, time, heads, width, states), (1, small_time, 2, 64, 64),
+            _sequence(_no_gate(pyseq.ssd), names, grad), _sequence(_no_gate(reference.ssd), names, grad), peers,
+            bytes=HALF * ((5 if grad else 2) * rows + (3 if grad else 1) * (each + 2 * shared)),
+            ex2=(6 if grad else 3) * each, flops=2 * (forward + backward if grad else forward), goal=goals[grad],
+            targets={"mamba-ssm": 2.0},
+        ))
+    return works
 
 
 def _conv(name: str, batch: int, time: int, dim: int, goals: tuple[float | None, ...] = (None, None)) -> list[Work]:
@@ -162,6 +209,25 @@ def _steps(batch: int, dim: int, states: int) -> list[Work]:
     return [scan, conv, layer]
 
 
+def _half_state(*shape: int, **more: Any) -> inputs.SsdStep:
+    x = inputs.ssd_step(*shape, **more)
+    return replace(x, state=x.state.to(torch.bfloat16))
+
+
+def _ssd_steps(batch: int, heads: int, width: int = 64, states: int = 128) -> list[Work]:
+    """The state float32, and bfloat16, which halves what moves."""
+    elements, names = batch * heads * width * states, " ".join(torch_ssd.NAMES)
+    works = []
+    for kind, draw, size in (("float32", inputs.ssd_step, 4), ("bfloat16", _half_state, HALF)):
+        works.append(Work(
+            f"ssd_step, B{batch} H{heads} P{width} N{states}, {kind} state", "ssd", draw, (batch, heads, width, states),
+            (2, 3, 16, 32), _step(_no_gate(pyseq.ssd_step), names), _step(_no_gate(reference.ssd_step), names),
+            {"mamba-ssm": mamba_ssm_peer.ssd_step}, bytes=2 * size * elements + 2 * HALF * batch * heads * width,
+            ex2=3 * batch * heads, step=True,
+        ))
+    return works
+
+
 def _whole(function: Callable[..., Any]) -> Make:
     """A step that takes every field of its inputs."""
 
@@ -172,22 +238,26 @@ def _whole(function: Callable[..., Any]) -> Make:
 
 
 def standard() -> list[Work]:
-    """The workloads that the goals are set for, then small batches, then decoding."""
+    """The workloads that the goals are set for, then decoding, then small batches."""
     works = [
         *_scan("B8 T2048 D4096 N16", 8, 2048, 4096, 16, goals=(0.35e-3, 1.55e-3), compiled=True),
+        *_ssd("B8 T4096 H64 P64 N128", 8, 4096, 64, goals=(0.30e-3, 1.10e-3)),
         *_conv("B8 T4096 D8192 W4", 8, 4096, 8192, goals=(0.28e-3, None)),
         *_norm("B8 T4096 D4096", 8, 4096, 4096, False),
         *_norm("B8 T4096 D4096", 8, 4096, 4096, True),
     ]
     for batch in (1, 8, 64, 256):
-        works += _steps(batch, 5120, 16)
+        works += _steps(batch, 5120, 16) + _ssd_steps(batch, 80)
     for time in (2048, 8192, 32768, 131072):
         works += _scan(f"B1 T{time} D1536 N16", 1, time, 1536, 16)
+    for time in (2048, 131072):
+        works += _ssd(f"B1 T{time} H24 P64 N128", 1, time, 24)
     return works + _conv("B1 T2048 D1536 W4", 1, 2048, 1536) + _norm("B1 T2048 D1536", 1, 2048, 1536, False)
 
 
 def tiny() -> list[Work]:
     """One of each kind, at the size of a dry run."""
     return [
-        *_scan("tiny", 1, 6, 8, 4), *_conv("tiny", 1, 6, 8), *_norm("tiny", 1, 3, 8, True), *_steps(2, 8, 4),
+        *_scan("tiny", 1, 6, 8, 4), *_ssd("tiny", 1, 3, 1, small_time=5), *_conv("tiny", 1, 6, 8),
+        *_norm("tiny", 1, 3, 8, True), *_steps(2, 8, 4), *_ssd_steps(2, 2, 16, 32),
     ]

@@ -1,8 +1,9 @@
-"""mamba-ssm (Apache-2.0): its CUDA selective scan, and its Triton step and gated norm, which need no compiled code.
+"""mamba-ssm (Apache-2.0): its CUDA selective scan, and its Triton kernels, which need no compiled code.
 
 Timed: `selective_scan_fn` in its own layout, [B, D, T] and [B, N, T], with softplus, skip and gate; its gradient
-through autograd; `selective_state_update`; `rmsnorm_fn`;
-a layer's token as its Mamba module runs it, with causal-conv1d.
+through autograd; `mamba_chunk_scan_combined` in chunks of 256, as its Mamba2 module calls it, and its gradient;
+`selective_state_update`, for Mamba-2 with a head's A, dt, D and bias expanded to its channels, as Mamba2 does;
+`rmsnorm_fn`; a layer's token as its Mamba module runs it, with causal-conv1d.
 """
 
 import importlib
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import PeerMissing, require
-from .inputs import MambaStep, Norm, Scan, ScanStep
+from .inputs import MambaStep, Norm, Scan, ScanStep, Ssd, SsdStep
 
 
 def _triton(name: str) -> ModuleType:
@@ -71,6 +72,32 @@ def selective_scan_step(x: ScanStep) -> Callable[[], Tensor]:
     @torch.no_grad()
     def call() -> Tensor:
         return update(x.state, x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.dt_bias, dt_softplus=True)
+
+    return call
+
+
+def ssd(x: Ssd, grad: bool) -> Callable[[], object]:
+    """y, or the gradients of x, dt, A, B, C, D, dt_bias."""
+    function = _triton("ssd_combined").mamba_chunk_scan_combined
+    tensors = [t.clone().requires_grad_(grad) for t in (x.x, x.dt, x.A, x.B, x.C, x.D, x.dt_bias)]
+
+    def call() -> object:
+        data, dt, A, B, C, D, bias = tensors
+        y = function(data, dt, A, B, C, chunk_size=256, D=D, dt_bias=bias, dt_softplus=True)
+        return torch.autograd.grad(y, tensors, x.dy) if grad else y
+
+    return call
+
+
+def ssd_step(x: SsdStep) -> Callable[[], Tensor]:
+    update = _triton("selective_state_update").selective_state_update
+    width, states = x.state.shape[2:]
+    dt, D, bias = (t.unsqueeze(-1).expand(*t.shape, width) for t in (x.dt, x.D, x.dt_bias))
+    A = x.A[:, None, None].expand(-1, width, states)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return update(x.state, x.x, dt, A, x.B, x.C, D, None, bias, dt_softplus=True)
 
     return call
 

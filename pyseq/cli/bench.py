@@ -43,8 +43,9 @@ def bench(
 ) -> None:
     """Time every op on this machine, beside what its memory can deliver.
 
-    Forward, forward with backward, and one step, at the size of a layer of a 130 M Mamba (D = 1536, N = 16) over 2048
-    tokens. An op that moved nothing but its arguments and results at the bandwidth shown would be at its limit.
+    Forward, forward with backward, and one step, at the size of a layer of a 130 M Mamba (D = 1536, N = 16) or Mamba-2
+    (H = 24, P = 64, N = 128) over 2048 tokens. An op that moved nothing but its arguments and results at the bandwidth
+    shown would be at its limit.
     """
     use_threads(threads)
     import torch

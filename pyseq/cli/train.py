@@ -37,9 +37,21 @@ def train(
         str,
         typer.Option(help="demo, small, medium: two minutes, half an hour, a night on 2 cores.", rich_help_panel=MODEL),
     ] = "demo",
+    layer: Annotated[
+        str | None, typer.Option(help="mamba or mamba2.", show_default="mamba", rich_help_panel=MODEL)
+    ] = None,
     d_model: Annotated[int | None, typer.Option(help="Width.", rich_help_panel=MODEL)] = None,
     layers: Annotated[int | None, typer.Option(help="Depth.", rich_help_panel=MODEL)] = None,
-    d_state: Annotated[int | None, typer.Option(help="State size per channel.", rich_help_panel=MODEL)] = None,
+    d_state: Annotated[
+        int | None,
+        typer.Option(help="State size per channel.", show_default="16, mamba2: 128", rich_help_panel=MODEL),
+    ] = None,
+    headdim: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels per head of mamba2; divides twice the width.", show_default="64", rich_help_panel=MODEL
+        ),
+    ] = None,
     start_from: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +124,7 @@ def train(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RUN)] = False,
 ) -> None:
-    """Train a Mamba language model on text.
+    """Train a Mamba or Mamba-2 language model on text.
 
     PATHs are text files and folders of them; without any it reads the sources of Python's standard library. Whole files
     are held out, so the held-out figure is of text the model has never seen.
@@ -122,6 +134,7 @@ def train(
 
     - `pyseq train notes.txt --steps 500`
     - `pyseq train ~/books --preset small --out runs/books`
+    - `pyseq train ~/books --preset small --layer mamba2 --out runs/books2`
     - `pyseq train --resume runs/books`
     """
     given = {
@@ -134,6 +147,7 @@ def train(
         raise typer.BadParameter(f"goes on with the settings of the run: leave out {extra}", param_hint="--resume")
     use_threads(threads)
     from pyseq._cuda import usable_device
+    from pyseq.models.config import LAYERS
     from pyseq.train import PRESETS, Settings
     from pyseq.train import preset as values_of
     from pyseq.train import resume as resume_run
@@ -143,11 +157,16 @@ def train(
 
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r}: expected one of {', '.join(PRESETS)}", param_hint="--preset")
+    known = {name.lower(): name for name in LAYERS}
+    if layer is not None and layer not in known:
+        raise typer.BadParameter(f"{layer!r}: expected {' or '.join(known)}", param_hint="--layer")
     bars = TrainingBars()
     with bars.progress:
         if resume:
             result = resume_run(resume, bars)
         else:
+            if layer is not None:
+                given["layer"] = known[layer]
             values = merged(values_of(preset, usable_device(device)), given)
             result = start_run(Settings(**values), out or Path("runs/train"), bars)
     report(result, json)

@@ -1,4 +1,4 @@
-"""The calls that `pyseq bench` times: the sizes of one layer of a 130 M Mamba over 2048 tokens."""
+"""The calls that `pyseq bench` times: the sizes of one layer of a 130 M Mamba or Mamba-2 over 2048 tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pyseq
 from .bench import tensor_bytes
 
 T, D, N, W, D_MODEL = 2048, 1536, 16, 4, 768
+H, P, N2 = 24, 64, 128  # of Mamba-2
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,19 @@ def selective_scan(dtype: torch.dtype, device: str) -> list[Work]:
     ]
 
 
+def ssd(dtype: torch.dtype, device: str) -> list[Work]:
+    def data(*time: int) -> dict[str, Any]:
+        narrow = {name: _normal(1, *time, 1, N2, device=device, dtype=dtype) for name in ("B", "C")}
+        weights = {"A": -_normal(H, device=device).exp(), "D": _normal(H, device=device)}
+        return {
+            "x": _normal(1, *time, H, P, device=device, dtype=dtype),
+            "dt": _normal(1, *time, H, device=device, dtype=dtype),
+            **narrow, **weights, "dt_bias": _normal(H, device=device) - 4, "dt_softplus": True,
+        }  # fmt: skip
+
+    return [*_training(pyseq.ssd, data(T)), _step(pyseq.ssd_step, _normal(1, H, P, N2, device=device), data())]
+
+
 def rms_norm_gated(dtype: torch.dtype, device: str) -> list[Work]:
     x, residual = (_normal(1, T, D_MODEL, device=device, dtype=kind) for kind in (dtype, torch.float32))
     return _training(pyseq.rms_norm_gated, {"x": x, "weight": _normal(D_MODEL, device=device), "residual": residual})
@@ -125,6 +139,7 @@ def linear(dtype: torch.dtype, device: str) -> list[Work]:
 WORKLOADS: dict[str, Callable[[torch.dtype, str], list[Work]]] = {
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
+    "ssd": ssd,
     "rms_norm_gated": rms_norm_gated,
     "linear": linear,
     "mamba_step": mamba_step,

@@ -26,7 +26,8 @@ def fresh_model(settings: Settings) -> tuple[CausalLM, Codec]:
         d_model=settings.d_model,
         n_layer=settings.layers,
         vocab_size=codec.vocab_size,
-        layer_args={"d_state": settings.d_state},
+        layer=settings.layer,
+        layer_args=settings.layer_args,
         bos_token_id=codec.separator,
         eos_token_id=codec.separator,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyseq import _C
+from pyseq.models.config import LAYERS
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Settings:
     tokenizer: str | None = None  # a tokenizer.json; None: bytes
     held_out: int | None = None  # bytes; None: a twentieth of the text, at most 256 KiB
     start_from: str | None = None  # a checkpoint whose weights and geometry to start from; None: fresh weights
+    layer: str = "Mamba"  # or "Mamba2"
     d_model: int = 256
     layers: int = 4
-    d_state: int = 16
+    d_state: int | None = None  # None: the layer's own, 16 for Mamba and 128 for Mamba2
+    headdim: int | None = None  # of Mamba2; None: its own, 64
     batch: int = 8
     length: int = 512
     accumulate: int = 1
@@ -46,7 +49,7 @@ class Settings:
     save_every: int = 0  # steps; 0: five times in the run
 
     def __post_init__(self) -> None:
-        at_least_one = ("d_model", "layers", "d_state", "batch", "length", "accumulate")
+        at_least_one = ("d_model", "layers", "batch", "length", "accumulate")
         at_least_zero = ("warmup", "weight_decay", "evaluate_every", "save_every", "seed")
         above_zero = ("learning_rate", "clip")
         for name in at_least_one:
@@ -59,6 +62,12 @@ class Settings:
         _require("final_rate", self.final_rate, 0 <= self.final_rate <= 1, "between 0 and 1")
         for name in ("beta1", "beta2"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        if self.layer not in LAYERS:
+            raise ValueError(f"layer = {self.layer!r}: expected one of {', '.join(LAYERS)}")
+        for name in ("d_state", "headdim"):
+            _require(name, value := getattr(self, name), value is None or value >= 1, "at least 1")
+        if self.headdim is not None and self.layer != "Mamba2":
+            raise ValueError(f"headdim = {self.headdim}: {self.layer} has no heads; Mamba2 has")
         if self.held_out is not None:
             _require("held_out", self.held_out, self.held_out >= 1, "at least 1 byte")
         if (self.steps is None) == (self.time_limit is None):
@@ -67,6 +76,11 @@ class Settings:
             _require("steps", self.steps, self.steps >= 1, "at least 1")
         if self.time_limit is not None:
             _require("time_limit", self.time_limit, 0 < self.time_limit < math.inf, "seconds, above 0")
+
+    @property
+    def layer_args(self) -> dict[str, int]:
+        given = {"d_state": self.d_state, "headdim": self.headdim}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def tokens_per_step(self) -> int:
@@ -78,9 +92,14 @@ class Settings:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
         known = {field.name for field in dataclasses.fields(cls)}
+        values = {**_ADDED, **values}
         if set(values) != known:
             raise ValueError(f"settings: unknown {sorted(set(values) - known)}, missing {sorted(known - set(values))}")
         return cls(**{**values, "data": tuple(values["data"])})
+
+
+# Settings that runs of before they were added do not hold, and what those runs meant.
+_ADDED = {"layer": "Mamba", "headdim": None}
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

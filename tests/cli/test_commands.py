@@ -18,7 +18,7 @@ from pyseq.cli.doctor import instruction_set, notes
 from pyseq.cli.output import seconds
 from pyseq.cli.train import merged
 from pyseq.cli.workloads import WORKLOADS
-from pyseq.models import CausalLM, Config
+from pyseq.models import CausalLM, Config, from_pretrained
 from pyseq.train import PRESETS
 
 TINY = ["--d-model", "8", "--layers", "1", "--d-state", "4", "--batch", "2", "--length", "16", "--held-out", "200"]
@@ -61,6 +61,9 @@ def test_train_prints_results_and_resumes(run: Path) -> None:
         (["--steps", 3, "--device", "tpu"], 1, "device 'tpu': expected cpu, cuda or cuda:<number>"),
         (["--learning-rate", -1], 1, "learning_rate = -1.0"),
         (["--preset", "huge"], 2, "expected one of demo, small, medium"),
+        (["--layer", "lstm"], 2, "expected mamba or mamba2"),
+        (["--headdim", 4, "--steps", 3], 1, "Mamba has no heads"),
+        (["--layer", "mamba2", "--d-model", 40, "--steps", 3], 1, "headdim must divide d_ssm = 80, got 64"),
         (["--time-limit", "soon"], 2, "expected a time"),
         (["--resume", "nowhere"], 1, "holds no checkpoint"),
         (["--resume", "nowhere", "--steps", 3], 2, "leave out steps"),
@@ -70,6 +73,16 @@ def test_train_prints_results_and_resumes(run: Path) -> None:
 def test_train_names_what_is_wrong(tmp_path: Path, arguments: list[Any], code: int, message: str) -> None:
     out = [] if "--resume" in arguments else ["--out", tmp_path / "run"]
     assert message in " ".join(call("train", *arguments, *out, code=code).stderr.replace("│", " ").split())
+
+
+def test_mamba2_from_text_to_text(run: Path, tmp_path: Path) -> None:
+    text, out = run.parent / "text.txt", tmp_path / "run"
+    call("train", text, "--layer", "mamba2", "--headdim", 4, "--steps", 6, "--out", out, *TINY)
+    assert from_pretrained(out / "latest").config.layer == "Mamba2"
+    assert json.loads(call("train", "--resume", out, "--json").stdout)["complete"]
+    assert json.loads(call("generate", out, "-n", 5, "--seed", 1, "--json").stdout)["tokens"] <= 5
+    call("convert", out / "latest", tmp_path / "copy")
+    assert from_pretrained(tmp_path / "copy").config.layer == "Mamba2"
 
 
 def test_train_does_not_overwrite_a_run(run: Path) -> None:

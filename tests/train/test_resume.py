@@ -81,8 +81,16 @@ class StopAt(Watcher):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"carry_state": False}, {"accumulate": 3}, {"bf16": True}, {"time_limit": 2.0, "steps": None}],
-    ids=["carried", "not_carried", "accumulated", "bf16", "time_limit"],
+    [
+        {},
+        {"carry_state": False},
+        {"accumulate": 3},
+        {"bf16": True},
+        {"time_limit": 2.0, "steps": None},
+        {"layer": "Mamba2", "headdim": 4},
+        {"layer": "Mamba2", "headdim": 4, "bf16": True},
+    ],
+    ids=["carried", "not_carried", "accumulated", "bf16", "time_limit", "mamba2", "mamba2_bf16"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, tiny: Settings, changes: dict[str, Any]) -> None:
     settings = dataclasses.replace(tiny, **changes)
@@ -183,6 +191,15 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, tiny: Sett
         train(tiny, tmp_path / "run")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         resume(tmp_path / "nothing")
+
+
+def test_a_run_of_before_there_was_a_choice_of_layers_goes_on(tmp_path: Path, tiny: Settings) -> None:
+    last = train(tiny, tmp_path / "run", StopAt(99)).checkpoint
+    facts = json.loads((last / "trainer.json").read_text())
+    for name in ("layer", "headdim"):
+        del facts["settings"][name]
+    (last / "trainer.json").write_text(json.dumps(facts))
+    assert resume(tmp_path / "run").complete
 
 
 @pytest.mark.parametrize("damage", ["settings", "json", "optimizer", "moment"])

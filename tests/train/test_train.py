@@ -33,6 +33,14 @@ def test_a_run_learns_and_leaves_what_it_says(tmp_path: Path, tiny: Settings) ->
     assert pyseq.train.evaluate.bits_per_byte(model, corpus.held_out) == held_out[-1]
 
 
+def test_a_run_of_mamba2_learns(tmp_path: Path, tiny: Settings) -> None:
+    settings = dataclasses.replace(tiny, layer="Mamba2", headdim=4, d_state=8, steps=60, learning_rate=2e-2)
+    result = train(settings, tmp_path / "run")
+    assert result.held_out is not None and result.held_out < 5
+    model = from_pretrained(result.checkpoint)
+    assert model.config.layer == "Mamba2" and model.config.layer_args == {"d_state": 8, "headdim": 4}
+
+
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path, tiny: Settings) -> None:
     """Same tokens in a step, so the same mean gradient up to rounding."""
     text = Path(tiny.data[0]) / "all.txt"
@@ -81,6 +89,10 @@ def test_a_tokenised_run(tmp_path: Path, tiny: Settings) -> None:
     ("changes", "name"),
     [
         ({"d_model": 0}, "d_model"),
+        ({"d_state": 0}, "d_state"),
+        ({"layer": "Mamba3"}, "layer"),
+        ({"layer": "Mamba2", "headdim": 0}, "headdim"),
+        ({"headdim": 64}, "headdim"),
         ({"batch": -1}, "batch"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"final_rate": 2.0}, "final_rate"),

@@ -66,6 +66,7 @@ def samples() -> list[Sample]:
         "wide_groups": _make(1, 66, 6, 33, 17, 2, **full | {"options": "DP z dt_bias state"}),
         "wide_states": _make(1, 20, 2, 5, 260, options="state", return_state=True),
         "wide_heads": _make(1, 18, 2, 128, 16, options="state", return_state=True, dt_limit=(0.05, 0.15)),
+        "wide_long": _make(1, 530, 2, 8, 8, options="state", return_state=True),
         "wide_packed": _make(1, 200, 2, 18, 40, packed=[0, 0, 63, 64, 65, 65, 199, 200, 200], **full),
         "wide_packed_aligned": _make(1, 100, 2, 64, 64, packed=[0, 3, 70, 70, 100], **full),
     }

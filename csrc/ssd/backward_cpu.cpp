@@ -5,14 +5,19 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
+constexpr int64_t kPanel = 2 * W;   // columns of E between two of which the diagonal is cut
+
 Chunk chunk_at(const Work& w, const Unit& unit, int64_t c) {
-  const int64_t tokens = std::min(w.chunk, unit.tokens - c * w.chunk);
-  return {unit.begin + c * w.chunk, tokens, round_up(tokens, W)};
+  const int64_t tokens = c < 0 ? 0 : std::min(w.chunk, unit.tokens - c * w.chunk);   // of the next one there may be none
+  return {unit.begin + c * w.chunk, tokens, whole_vectors(tokens)};
 }
 
-void read_group(const Ssd& s, const Work& w, const Unit& unit, const Chunk& chunk, const View& from, float* to) {
-  load_rows(from, at(from, unit, chunk.begin, unit.group), from.stride[1], chunk.tokens, chunk.padded, s.states, to,
-            w.state_pitch);
+int64_t state_at(const Ssd& s, const Unit& unit, int64_t i) {
+  return (unit.sequence * s.heads + unit.head + i) * s.width * s.states;
+}
+
+void read_group(const Ssd& s, const Unit& unit, const Chunk& chunk, const View& from, float* to) {
+  load_rows(to, from, at(from, unit, chunk.begin, unit.group), from.stride[1], chunk.tokens, s.states);
 }
 
 // States before the chunks [first, last) of a span from the one before the first; `after`: also that after the last.
@@ -23,64 +28,88 @@ void advance(const Ssd& s, const Work& w, const Unit& unit, int64_t first, int64
     float* const to = c + 1 < last ? from + step : after;
     if (!to) return;
     const Chunk chunk = chunk_at(w, unit, c);
-    read_group(s, w, unit, chunk, s.B, w.B);
+    read_group(s, unit, chunk, s.B, w.B);
     for (int64_t i = 0; i < unit.heads; ++i) {
       const int64_t head = unit.head + i;
       Steps k = w.steps;
       read_steps(s, unit, chunk, head, k);
-      load_rows(s.x, at(s.x, unit, chunk.begin, head), s.x.stride[1], chunk.tokens, chunk.tokens, s.width, w.x,
-                w.width_pitch);
-      scale_rows(w, chunk, w.x, k.weight);
-      carry<false>(w, chunk, k.decay, from + i * w.state_size, w.B, to + i * w.state_size);
+      load_rows(w.x, s.x, at(s.x, unit, chunk.begin, head), s.x.stride[1], chunk.tokens, s.width);
+      scale_tokens(w, chunk, w.x, k.weight);
+      Ahead rows = ahead(s, unit, chunk, chunk_at(w, unit, c + 1), head, {&s.x});
+      carry<false>(s, w, chunk, k.decay, from + i * w.state_size, w.B, to + i * w.state_size, nullptr, rows);
     }
   }
+}
+
+// total[n][t] += sum over k in [from, to) of left[k][n] right[k][t], for t in [first, last)
+void add_product(const Ssd& s, const Work& w, int64_t first, int64_t last, int64_t from, int64_t to, const float* left,
+                 const float* right, float* total) {
+  for_tiles(s.states, last - first, [&]<int R, int C>(int64_t n, int64_t t) {
+    vf sum[R][C];
+    float* const tile = total + n * w.tokens + first + t;
+    load_tile(sum, tile, w.tokens);
+    multiply(sum, left + from * w.states + n, 1, w.states, right + from * w.tokens + first + t, w.tokens, to - from);
+    store_tile(tile, w.tokens, sum);
+  });
 }
 
 // The rows of dB or dC, added to by E, to the tensor or to the slab of this block.
 void write_group(const Ssd& s, const Work& w, const Unit& unit, const Chunk& chunk, const float* sums, const View& to,
                  int64_t part) {
   float* const rows = w.C;   // no longer needed
-  transposed(sums, w.token_pitch, w.states, chunk.padded, rows, w.state_pitch, chunk.padded, s.states);
+  transpose_rows(rows, w.states, sums, w.tokens, s.states, chunk.tokens);
   for (int64_t t = 0; t < chunk.tokens; ++t) {
     const int64_t token = unit.row * s.time + chunk.begin + t;
     for (int64_t n = 0; n < s.states; n += W) {
-      const vf v = load(rows + t * w.state_pitch + n);
+      const vf v = load(rows + t * w.states + n);
       if (whole_groups(s)) store(to, at(to, unit, chunk.begin + t, unit.group) + n, v, s.states - n);
       else store(slab(s, unit.block, token, unit.group) + part * s.states + n, v, s.states - n);
     }
   }
 }
 
-void walk_chunk(const Ssd& s, Work& w, const Unit& unit, const Chunk& chunk, const float* S) {
-  const int64_t pad = round_up(s.states, W);
-  read_group(s, w, unit, chunk, s.B, w.B);
-  read_group(s, w, unit, chunk, s.C, w.C);
-  transposed(w.B, w.state_pitch, chunk.padded, s.states, w.Bt, w.token_pitch, pad, chunk.padded);
-  transposed(w.C, w.state_pitch, chunk.padded, s.states, w.Ct, w.token_pitch, pad, chunk.padded);
-  lower_product(chunk.padded, s.states, w.C, w.state_pitch, w.Bt, w.token_pitch, w.CB, w.token_pitch);
-  std::fill_n(w.dBt, pad * w.token_pitch, 0.f);
-  std::fill_n(w.dCt, pad * w.token_pitch, 0.f);
-  std::fill_n(w.E, chunk.padded * w.token_pitch, 0.f);
+void walk_chunk(const Ssd& s, Work& w, const Unit& unit, const Chunk& chunk, const Chunk& next, const float* S) {
+  read_group(s, unit, chunk, s.B, w.B);
+  read_group(s, unit, chunk, s.C, w.C);
+  transpose_rows(w.Bt, w.tokens, w.B, w.states, chunk.tokens, s.states);
+  transpose_rows(w.Ct, w.tokens, w.C, w.states, chunk.tokens, s.states);
+  lower_product(w, chunk, w.C, w.states, w.Bt, s.states, w.CB);
+  std::fill_n(w.dBt, s.states * w.tokens, 0.f);
+  std::fill_n(w.dCt, s.states * w.tokens, 0.f);
+  std::fill_n(w.E, chunk.tokens * w.tokens, 0.f);
   for (int64_t i = 0; i < unit.heads; ++i) {
     read_steps(s, unit, chunk, unit.head + i, w.steps);
-    walk_head(s, w, unit, chunk, unit.head + i, S + i * w.state_size, w.G + i * w.state_size);
+    walk_head(s, w, unit, chunk, unit.head + i, S + i * w.state_size, w.G + i * w.state_size,
+              ahead(s, unit, chunk, next, unit.head + i, {&s.x, &s.dy, &s.dx, &s.z, &s.ungated, &s.dz}));
   }
-  transposed(w.E, w.token_pitch, chunk.padded, chunk.padded, w.Et, w.token_pitch, chunk.padded, chunk.padded);
-  add_product(w.states, chunk.padded, w.C, w.state_pitch, w.E, w.dBt, w.token_pitch,
-              [&](int64_t j, int64_t) { return std::pair(j, chunk.tokens); });
-  add_product(w.states, chunk.padded, w.B, w.state_pitch, w.Et, w.dCt, w.token_pitch,
-              [&](int64_t, int64_t end) { return std::pair(int64_t(0), std::min(end, chunk.tokens)); });
+  transpose_rows(w.Et, w.tokens, w.E, w.tokens, chunk.tokens, chunk.tokens);
+  for (int64_t t = 0; t < chunk.tokens; t += kPanel) {
+    const int64_t end = std::min(t + kPanel, chunk.tokens);
+    add_product(s, w, t, end, t, chunk.tokens, w.C, w.E, w.dBt);
+    add_product(s, w, t, end, 0, end, w.B, w.Et, w.dCt);
+  }
   write_group(s, w, unit, chunk, w.dBt, s.dB, 0);
   write_group(s, w, unit, chunk, w.dCt, s.dC, 1);
 }
 
 void read_states(const Ssd& s, const Work& w, const Unit& unit, const float* from, float* to) {
-  const int64_t size = s.width * s.states;
   for (int64_t i = 0; i < unit.heads; ++i) {
     float* const state = to + i * w.state_size;
-    if (!from) std::fill_n(state, w.state_size, 0.f);
-    else transposed(from + (unit.sequence * s.heads + unit.head + i) * size, s.states, s.width, s.states, state, w.width_pitch,
-                    w.states, w.width);
+    if (!from) {
+      std::fill_n(state, w.state_size, 0.f);
+    } else {
+      load_rows(w.state, from + state_at(s, unit, i), s.states, s.width, s.states);
+      transpose_rows(state, w.width, w.state, w.states, s.width, s.states);
+    }
+  }
+}
+
+void write_states(const Ssd& s, const Work& w, const Unit& unit, const float* from, float* to) {
+  for (int64_t i = 0; i < unit.heads; ++i) {
+    transpose_rows(w.state, w.states, from + i * w.state_size, w.width, s.states, s.width);
+    for (int64_t p = 0; p < s.width; ++p) {
+      std::copy_n(w.state + p * w.states, s.states, to + state_at(s, unit, i) + p * s.states);
+    }
   }
 }
 
@@ -119,12 +148,11 @@ void walk(const Ssd& s, const Unit& unit) {
       std::copy_n(w.marks + k * step, step, w.kept);
       advance(s, w, unit, first, last, nullptr);
     }
-    for (int64_t c = last - 1; c >= first; --c) walk_chunk(s, w, unit, chunk_at(w, unit, c), w.kept + (c - first) * step);
+    for (int64_t c = last - 1; c >= first; --c) {
+      walk_chunk(s, w, unit, chunk_at(w, unit, c), chunk_at(w, unit, c - 1), w.kept + (c - first) * step);
+    }
   }
-  for (int64_t i = 0; s.dstate && i < unit.heads; ++i) {
-    float* const to = s.dstate + (unit.sequence * s.heads + unit.head + i) * s.width * s.states;
-    transposed(w.G + i * w.state_size, w.width_pitch, s.states, s.width, to, s.states, s.width, s.states);
-  }
+  if (s.dstate) write_states(s, w, unit, w.G, s.dstate);
   write_sums(s, w, unit);
 }
 

@@ -49,10 +49,10 @@ inline void read_steps(const Ssd& s, const Unit& unit, const Chunk& chunk, int64
 inline void decay_scores(const Work& w, const Chunk& chunk) {
   const vf lane = lane_numbers();
   const Steps& k = w.steps;
-  for (int64_t i = 0; i < chunk.padded; ++i) {
+  for (int64_t i = 0; i < chunk.tokens; ++i) {
     const vf high = splat(k.high[i]), low = splat(k.low[i]);
     for (int64_t j = 0; j <= i; j += W) {
-      const int64_t at = i * w.token_pitch + j;
+      const int64_t at = i * w.tokens + j;
       const vf L = (high - load(k.high + j)) + (low - load(k.low + j));
       const vf F = exp(select(lane <= splat(float(i - j)), L, splat(kLeast)));
       const vf score = load(w.Y + at) * F, CB = load(w.CB + at);
@@ -66,14 +66,14 @@ inline void decay_scores(const Work& w, const Chunk& chunk) {
 // columns[j] = sum over i >= j of Y[i, j]; crossing[k] = sum over j < k <= i of Y[i, j] delta[j]. The sums over i run up
 // from the last row; nothing is subtracted.
 inline void sum_scores(const Work& w, const Chunk& chunk) {
-  alignas(64) float parts[W * W];
+  alignas(64) float parts[W * W] = {};
   const vf lane = lane_numbers();
   for (int64_t j = 0; j < chunk.padded; j += W) store(w.columns + j, vf{});
   for (int64_t k0 = chunk.padded - W; k0 >= 0; k0 -= W) {
-    for (int64_t k = k0 + W - 1; k >= k0; --k) {
+    for (int64_t k = std::min(k0 + W, chunk.tokens) - 1; k >= k0; --k) {
       vf total{};
       for (int64_t j = 0; j <= k; j += W) {
-        const vf column = load(w.columns + j) + load(w.Y + k * w.token_pitch + j), part = column * load(w.steps.delta + j);
+        const vf column = load(w.columns + j) + load(w.Y + k * w.tokens + j), part = column * load(w.steps.delta + j);
         store(w.columns + j, column);
         total += select(lane < splat(float(k - j)), part, vf{});
       }

@@ -1,15 +1,18 @@
 // How the backward pass is dealt out: units, what they leave in the workspace, and what a thread works in.
 #pragma once
-#include "ssd/backward_tile.h"
+#include <algorithm>
+
 #include "ssd/kernel.h"
+#include "ssd/tile.h"
 
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int64_t kHeads = 4;     // in a block: dB and dC of a block are summed before they are written
+constexpr int64_t kHeads = 6;     // in a block: dB and dC of a block are summed before they are written
 constexpr int64_t kChunk = 64;
 constexpr int64_t kSpan = 128;    // chunks of which the states are kept at a time, or the root of their number
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t blocks_of_heads(const Ssd& s) { return ceil_div(s.heads / s.groups, kHeads); }
 inline int64_t chunk_of(const Ssd& s) { return std::min<int64_t>(s.chunk ? s.chunk : kChunk, std::max<int64_t>(s.time, 1)); }
@@ -66,14 +69,15 @@ struct Steps {
   }
 };
 
-// What a thread works in. Matrices over tokens have chunk rows or columns, padded to vectors; a state is [N, P].
+// What a thread works in. Matrices have rows of whole vectors; a state is [N, P].
 struct Work {
-  int64_t chunk, tokens, states, width, span;   // states, width: N and P, padded to tiles and vectors
-  int64_t token_pitch, state_pitch, width_pitch, state_size;
+  int64_t chunk, span;                          // tokens in a chunk, chunks in a span
+  int64_t tokens, states, width, state_size;    // floats from row to row of matrices over tokens, N and P; in a state
   float *B, *C, *Bt, *Ct, *dBt, *dCt;           // of the chunk, and of the block: [Q, N], and transposed
   float *CB, *E, *Et;                           // [Q, Q]
   float *x, *dv, *scaled, *xt, *dvt;            // of a head: [Q, P], and transposed
   float *M, *Y;                                 // of a head: [Q, Q]
+  float* state;                                 // [P, N], as in the tensors
   float *dots_C, *dots_B, *columns, *crossing;  // of a head: [Q]
   Steps steps;
   float *G, *kept, *marks;                      // states of the block's heads: [heads], [span, heads], [spans, heads]
@@ -82,23 +86,21 @@ struct Work {
 
   Work(const Ssd& s, float* scratch) {
     chunk = chunk_of(s);
-    tokens = round_up(chunk, W);
-    states = round_up(s.states, kRows);
-    width = round_up(s.width, W);
-    token_pitch = pitch_of(tokens);
-    state_pitch = pitch_of(s.states);
-    width_pitch = pitch_of(s.width);
-    state_size = states * width_pitch;
+    tokens = whole_vectors(chunk);
+    states = whole_vectors(s.states);
+    width = whole_vectors(s.width);
+    state_size = s.states * width;
     const int64_t chunks = ceil_div(std::max<int64_t>(s.time, 1), chunk), heads = std::min(kHeads, s.heads / s.groups);
     span = kSpan;
     while (span * span < chunks) span *= 2;
     span = std::min(span, chunks);
     Memory m{scratch};
-    for (float** p : {&B, &C}) *p = m.take(tokens * state_pitch);
-    for (float** p : {&Bt, &Ct, &dBt, &dCt}) *p = m.take(round_up(s.states, W) * token_pitch);
-    for (float** p : {&CB, &E, &Et, &M, &Y}) *p = m.take(tokens * token_pitch);
-    for (float** p : {&x, &dv, &scaled}) *p = m.take(tokens * width_pitch);
-    for (float** p : {&xt, &dvt}) *p = m.take(width * token_pitch);
+    for (float** p : {&B, &C}) *p = m.take(tokens * states);
+    for (float** p : {&Bt, &Ct, &dBt, &dCt}) *p = m.take(s.states * tokens);
+    for (float** p : {&CB, &E, &Et, &M, &Y}) *p = m.take(tokens * tokens);
+    for (float** p : {&x, &dv, &scaled}) *p = m.take(tokens * width);
+    for (float** p : {&xt, &dvt}) *p = m.take(width * tokens);
+    state = m.take(s.width * states);
     for (float** p : {&dots_C, &dots_B, &columns, &crossing}) *p = m.take(tokens);
     steps.take(m, tokens);
     G = m.take(heads * state_size);

@@ -44,10 +44,10 @@ inline void load_steps(const Ssd& s, const Unit& u, int64_t begin, int64_t token
   float* const logs = work + tokens * across;
   for (int64_t h = 0; h < u.heads; h += W) {
     const int64_t lanes = u.heads - h;
-    const vf A = load(s.A + u.head + h, lanes);
+    const vf A = load(s.A + u.head + h, lanes), bias = s.dt_bias ? load(s.dt_bias + u.head + h, lanes) : vf{};
     for (int64_t t = 0; t < tokens; ++t) {
       const vf dt = load(s.dt, u.row * s.dt.stride[0] + (begin + t) * s.dt.stride[1] + u.head + h, lanes);
-      const vf d = step_size(s, dt, u.head + h, lanes);
+      const vf d = step_size(s, dt, bias);
       store(work + t * across + h, d);
       store(logs + t * across + h, log_decay(d, A));
     }

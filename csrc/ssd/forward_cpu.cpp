@@ -1,11 +1,12 @@
 #include <algorithm>
 
 #include "ssd/chunk.h"
+#include "ssd/forward_exact.h"
 
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int64_t kMostHeads = 8;            // of a unit: they share <C, B> of a chunk
+constexpr int64_t kMostHeads = 16;           // of a unit: they share <C, B> of a chunk
 constexpr int64_t kMostState = 128 * 1024;   // floats: the states of a unit stay in the second-level cache
 
 int64_t heads_of_unit(const Ssd& s) {
@@ -66,23 +67,23 @@ void load_chunk(const Ssd& s, const Unit& u, const Chunk& c, int64_t begin, int6
   load_steps(s, u, begin, tokens, c.delta, c.log_a, c.tokens_width, c.steps);
 }
 
-// A tile of y, [rows, columns]: skip, gate, and the one rounding.
-void finish(const Ssd& s, const Chunk& c, int64_t row, int64_t begin, int64_t head, int64_t i, int64_t rows, int64_t column,
-            int64_t columns) {
+// Brings rows of a tensor towards the core: they lie too far apart for the machine to see them coming.
+template <int write> void prefetch(const View& v, int64_t at, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {
-    const auto at = [&](const View& v) {
-      return row * v.stride[0] + (begin + i + r) * v.stride[1] + head * v.stride[2] + column;
-    };
+    const char* const row = static_cast<const char*>(v.at(at + r * v.stride[1]));
+    for (int64_t byte = 0; byte < columns * size_of(v.type); byte += 64) __builtin_prefetch(row + byte, write, write ? 3 : 2);
+  }
+}
+
+// A tile of y, [rows, columns]: skip, gate, and the one rounding.
+void finish(const Ssd& s, const Chunk& c, int64_t row, int64_t begin, int64_t head, int64_t i, int64_t rows,
+            int64_t column, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto at = [&](const View& v) { return row * v.stride[0] + (begin + i + r) * v.stride[1] + head * v.stride[2]; };
     const int64_t y = at(s.y), z = at(s.z);
-    for (int64_t p = 0; p < columns; p += W) {
-      const int64_t left = s.width - column - p;
-      vf v = load(c.y + r * columns + p);
-      if (s.D) {
-        const float* D = s.D + head * s.D_width;
-        v = fma(s.D_width > 1 ? load(D + column + p, left) : splat(*D), load(c.x + (i + r) * c.width + column + p), v);
-      }
-      if (s.z) v *= silu(load(s.z, z + p, left));
-      store(s.y, y + p, v, left);
+    for (int64_t p = column; p < column + columns && p < s.width; p += W) {
+      const vf v = load(c.y + r * columns + p - column), x = load(c.x + (i + r) * c.width + p);
+      store(s.y, y + p, output(s, v, x, z + p, head, p), s.width - p);
     }
   }
 }
@@ -97,7 +98,11 @@ void advance(const Ssd& s, const Unit& u, const Chunk& c, int64_t begin, int64_t
   weigh(decay, c.scores, delta, c.M, c.tokens_width);
   const int64_t x = u.row * s.x.stride[0] + begin * s.x.stride[1] + head * s.x.stride[2];
   load_rows(c.x, s.x, x, s.x.stride[1], tokens, s.width);
+  const int64_t next = h + 1 < u.heads ? x + s.x.stride[2] : x + tokens * s.x.stride[1] - h * s.x.stride[2];
+  const int64_t y = u.row * s.y.stride[0] + begin * s.y.stride[1] + head * s.y.stride[2];
   for_tiles(tokens, s.width, [&]<int R, int K>(int64_t i, int64_t p) {
+    prefetch<0>(s.x, next + i * s.x.stride[1] + p, R, K * W);
+    prefetch<1>(s.y, y + i * s.y.stride[1] + p, R, K * W);
     vf sum[R][K] = {};
     if (started) multiply(sum, c.C + i * c.states_width, c.states_width, 1, S + p, c.width, s.states);
     scale_rows(sum, decay.before + i);   // also 0: NaN where A is not <= 0
@@ -142,43 +147,12 @@ void forward_unit(const Ssd& s, const Unit& u, const Chunk& c) {
   }
 }
 
-// Token by token.
-void forward_exactly(const Ssd& s, int64_t unit) {
-  const int64_t q = unit / s.heads, h = unit % s.heads, g = h / (s.heads / s.groups), b = s.cu_seqlens ? 0 : q;
-  const int64_t first = s.cu_seqlens ? s.cu_seqlens[q] : 0, last = s.cu_seqlens ? s.cu_seqlens[q + 1] : s.time;
-  const int64_t size = s.width * s.states;
-  float* const S = s.scratch;
-  if (s.state) std::copy_n(s.state + (q * s.heads + h) * size, size, S);
-  else std::fill_n(S, size, 0.f);
-  for (int64_t t = first; t < last; ++t) {
-    const float delta = step_size(s, load_one(s.dt, b * s.dt.stride[0] + t * s.dt.stride[1] + h), h);
-    const vf a = exp(splat(log_decay(delta, s.A[h])));
-    const int64_t B = b * s.B.stride[0] + t * s.B.stride[1] + g * s.B.stride[2];
-    const int64_t C = b * s.C.stride[0] + t * s.C.stride[1] + g * s.C.stride[2];
-    for (int64_t p = 0; p < s.width; ++p) {
-      const float x = load_one(s.x, b * s.x.stride[0] + t * s.x.stride[1] + h * s.x.stride[2] + p);
-      vf total{};
-      for (int64_t n = 0; n < s.states; n += W) {
-        const int64_t left = s.states - n;
-        const vf next = fma(a, load(S + p * s.states + n, left), splat(delta * x) * load(s.B, B + n, left));
-        store(S + p * s.states + n, next, left);
-        total = fma(next, load(s.C, C + n, left), total);
-      }
-      float y = sum(total);
-      if (s.D) y += s.D[h * s.D_width + (s.D_width > 1 ? p : 0)] * x;
-      if (s.z) y *= silu(splat(load_one(s.z, b * s.z.stride[0] + t * s.z.stride[1] + h * s.z.stride[2] + p)))[0];
-      store(s.y, b * s.y.stride[0] + t * s.y.stride[1] + h * s.y.stride[2] + p, splat(y), 1);
-    }
-  }
-  if (s.state_out) std::copy_n(S, size, s.state_out + (q * s.heads + h) * size);
-}
-
 }  // namespace
 
 int64_t ssd_forward_units(const Ssd& s) {
   return s.exact ? s.sequences * s.heads : s.sequences * s.groups * blocks_of_group(s, heads_of_unit(s));
 }
-int64_t ssd_forward_scratch(const Ssd& s) { return s.exact ? s.width * s.states : Chunk(s, nullptr).size; }
+int64_t ssd_forward_scratch(const Ssd& s) { return s.exact ? Block::size(s) : Chunk(s, nullptr).size; }
 
 void ssd_forward(const Ssd& s, int64_t begin, int64_t end) {
   const unsigned mode = flush_denormals();

@@ -1,4 +1,5 @@
-// Step sizes and decays. The sequential form, the step and the chunked forms share them.
+// Step sizes and decays, which every form shares; and one token of the recurrence, which the step and the sequential form
+// share and which makes them agree bit for bit.
 #pragma once
 #include "cpu/simd.h"
 #include "ssd/kernel.h"
@@ -6,11 +7,9 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-inline float load_one(const View& x, int64_t i) { return load(x, i, 1)[0]; }
-
 // delta of `lanes` heads from dt: bias, softplus, limits. NaN stays NaN.
-template <class S> inline vf step_size(const S& s, vf dt, int64_t head, int64_t lanes) {
-  vf delta = s.dt_bias ? dt + load(s.dt_bias + head, lanes) : dt;
+template <class S> inline vf step_size(const S& s, vf dt, vf bias) {
+  vf delta = dt + bias;
   if (s.dt_softplus) delta = softplus(delta);
   return at_most(at_least(delta, s.dt_low), s.dt_high);
 }
@@ -18,10 +17,23 @@ template <class S> inline vf step_size(const S& s, vf dt, int64_t head, int64_t 
 // The logarithm of the decay; NaN where A is not <= 0.
 inline vf log_decay(vf delta, vf A) { return select(A <= 0.f, at_least(delta * A, kLeast), splat(NAN)); }
 
-template <class S> inline float step_size(const S& s, float dt, int64_t head) {
-  return step_size(s, splat(dt), head, 1)[0];
+inline vf next(vf a, vf S, vf dx, vf B) { return fma(a, S, dx * B); }   // W states of a channel; dx = delta x
+
+// <C, S> of a channel is one chain of fma over the vectors of states, then a tree over the lanes: lane i of the result is
+// the sum over the lanes of total[i].
+inline vf sum_rows(const vf (&total)[W]) {
+  vf parts[W / 4];
+#pragma GCC unroll 4
+  for (int i = 0; i < W / 4; ++i) parts[i] = sum4(total[4 * i], total[4 * i + 1], total[4 * i + 2], total[4 * i + 3]);
+  return sum_parts(parts);
 }
-inline float log_decay(float delta, float A) { return log_decay(splat(delta), splat(A))[0]; }
+
+// W channels of y from v = S C: the skip and the gate.
+template <class S> inline vf output(const S& s, vf v, vf x, int64_t z_at, int64_t head, int64_t p) {
+  const int64_t left = s.width - p;
+  if (s.D) v = fma(s.D_width > 1 ? load(s.D + head * s.width + p, left) : splat(s.D[head]), x, v);
+  return s.z ? v * silu(load(s.z, z_at, left)) : v;
+}
 
 }  // namespace
 }  // namespace pyseq::PYSEQ_ISA

@@ -91,6 +91,13 @@ class Mamba2(Exact):
         super().__init__()
         if process_group is not None:
             raise ValueError("process_group must be None: a layer is not cut across processes here")
+        flags = {
+            "D_has_hdim": D_has_hdim, "rmsnorm": rmsnorm, "norm_before_gate": norm_before_gate, "bias": bias,
+            "conv_bias": conv_bias,
+        }  # fmt: skip
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
         d_inner = int(expand * d_model) if d_inner is None else d_inner
         d_ssm = d_inner if d_ssm is None else d_ssm
         self._take_sizes(
@@ -147,7 +154,7 @@ class Mamba2(Exact):
         least, most = _pair("dt_limit", dt_limit)
         if not 0 <= least <= most or math.isinf(least):
             raise ValueError(f"dt_limit must satisfy 0 <= low <= high, got {dt_limit!r}")
-        if not 0 < norm_eps < math.inf:
+        if isinstance(norm_eps, bool) or not 0 < norm_eps < math.inf:
             raise ValueError(f"norm_eps must be a positive number, got {norm_eps!r}")
         self.conv_init, self.A_init_range, self.dt_limit = conv_init, (low, high), (least, most)
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, floor

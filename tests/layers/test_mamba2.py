@@ -377,6 +377,7 @@ def test_wrong_input_names_it(shape):
             "dt_min": st.floats(-1, 1),
             "dt_max": st.floats(-1, 1),
             "conv_init": st.sampled_from([None, 0.5, -1.0, math.nan]),
+            "norm_before_gate": st.sampled_from([False, True, None, 1]),
             "norm_eps": st.sampled_from([0.0, -1.0, 1e-6, math.nan, math.inf]),
         },
     )

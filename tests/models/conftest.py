@@ -37,6 +37,11 @@ def tiny2(tiny):
     return make
 
 
+@pytest.fixture(params=["tiny", "tiny2"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=["mamba", "falcon_mamba", "mamba2", "mamba2 of 3 groups"])
 def theirs(request):
     """A factory of transformers models of one family."""

@@ -16,21 +16,21 @@ def nbytes(model):
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
-def model(request, tiny):
-    return tiny(dtype=request.param, d_model=64, vocab_size=128)
+def model(request, either):
+    return either(dtype=request.param, d_model=64, vocab_size=128)
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_same_numbers(tiny, tie):
-    plain = tiny(tie_embeddings=tie)
+def test_same_numbers(either, tie):
+    plain = either(tie_embeddings=tie)
     packed = copy.deepcopy(plain).pack()
     with torch.no_grad():
         assert torch.equal(packed(IDS).logits, plain(IDS).logits)
     assert torch.equal(packed.generate(IDS, 20, temperature=0), plain.generate(IDS, 20, temperature=0))
 
 
-def test_bfloat16_is_as_close(tiny):
-    plain = tiny(dtype=torch.bfloat16)
+def test_bfloat16_is_as_close(either):
+    plain = either(dtype=torch.bfloat16)
     exact = copy.deepcopy(plain).float()(IDS).logits
     packed = copy.deepcopy(plain).pack()
     with torch.no_grad():

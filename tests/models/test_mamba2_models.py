@@ -349,6 +349,20 @@ def test_packed_documents_equal_each_alone(tiny2):
     assert not packed.state[0].ssd[1].any()
 
 
+def test_steps_run_on_a_bfloat16_state(either):
+    model = either()
+    with torch.no_grad():
+        state = model(IDS[:, :8]).state
+        half = states.copy_(model.init_state(2, dtype=torch.bfloat16), state)
+        for t in range(8, 12):
+            want, state = model.step(IDS[:, t], state)
+            got, half = model.step(IDS[:, t], half)
+            close(got, want, 2e-2)
+    assert half[0][1].dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"state .*bfloat16"):
+        model(IDS, half)
+
+
 def test_generation_goes_on_from_its_state(tiny2, tmp_path):
     model = tiny2()
     whole = model.generate(IDS, 20, temperature=0)

@@ -7,6 +7,7 @@
 namespace pyseq {
 
 namespace causal_conv1d { void cpu(Library&); void cuda(Library&); }
+namespace ema { void cpu(Library&); void cuda(Library&); }
 namespace linear { void cpu(Library&); }
 namespace mamba_step { void cpu(Library&); void cuda(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
@@ -22,6 +23,7 @@ struct Entry {
 
 constexpr Entry kCpu[] = {
     {"causal_conv1d", causal_conv1d::cpu},
+    {"ema", ema::cpu},
     {"linear", linear::cpu},
     {"mamba_step", mamba_step::cpu},
     {"rms_norm_gated", rms_norm_gated::cpu},
@@ -32,6 +34,7 @@ constexpr Entry kCpu[] = {
 #ifdef PYSEQ_WITH_CUDA
 constexpr Entry kCuda[] = {
     {"causal_conv1d", causal_conv1d::cuda},
+    {"ema", ema::cuda},
     {"mamba_step", mamba_step::cuda},
     {"rms_norm_gated", rms_norm_gated::cuda},
     {"selective_scan", selective_scan::cuda},

@@ -16,6 +16,7 @@ from .layers.mamba import Mamba
 from .layers.mamba2 import Mamba2
 from .models.pretrained import from_pretrained
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from .ops.ema import ema, ema_step
 from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.mamba_step import mamba_step
 from .ops.rms_norm_gated import rms_norm_gated
@@ -30,6 +31,8 @@ __all__ = [
     "__version__",
     "causal_conv1d",
     "causal_conv1d_step",
+    "ema",
+    "ema_step",
     "explain",
     "from_pretrained",
     "linear",

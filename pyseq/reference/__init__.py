@@ -1,6 +1,7 @@
 """Every op as a plain loop in PyTorch: what the kernels are measured against. Runs in float64, differentiable twice."""
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .ema import ema, ema_step
 from .linear import linear
 from .mamba_step import mamba_step
 from .rms_norm_gated import rms_norm_gated
@@ -10,6 +11,8 @@ from .ssd import ssd, ssd_step
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
+    "ema",
+    "ema_step",
     "linear",
     "mamba_step",
     "rms_norm_gated",

@@ -69,6 +69,21 @@ def causal_conv1d(batch: int, time: int, dim: int) -> tuple[Work, Work]:
             Work(f"{name}, backward", "element", elements, (backward, total), goal=0.45e-3))
 
 
+def ema(batch: int, time: int, dim: int) -> tuple[Work, Work]:
+    elements, blocks = batch * time * dim, batch * dim // 64
+    spans = blocks * 8 * time // 128     # of 16 tokens, by 8 warps a block
+    kept, sums = 4 * elements / 16, 4 * batch * time * dim // 64
+    name = f"ema, B{batch} T{time} D{dim}, bf16"
+    forward = Launch("ema_forward_kernel<__nv_bfloat16>", blocks=blocks, bytes_moved=2 * 2 * elements,
+                     iterations={"BAR": spans})
+    backward = Launch("ema_backward_kernel<__nv_bfloat16>", blocks=blocks,
+                      bytes_moved=3 * 2 * elements + kept + sums, iterations={"BAR": spans})
+    total = Launch("ema_sum_kernel", blocks=batch * time // 256, bytes_moved=sums,
+                   instructions={"LDG.32": sums / 4 / 32})
+    return (Work(f"{name}, forward", "element", elements, (forward,), goal=0.04e-3),
+            Work(f"{name}, backward", "element", elements, (backward, total), goal=0.07e-3))
+
+
 def selective_scan(batch: int, time: int, dim: int) -> tuple[Work, Work]:
     states, elements = 16, batch * time * dim
     each, shared = elements * states / 32, 2 * 2 * batch * time * states   # warp instructions per state; bytes of B, C
@@ -137,5 +152,6 @@ WORKS = (
     selective_scan_step(64, 5120),
     *causal_conv1d(8, 4096, 8192),
     mamba_step(64, 5120, 16, 160),
+    *ema(8, 4096, 1024),
     rms_norm_gated(16384, 4096),
 )

@@ -103,6 +103,19 @@ def causal_conv1d(rng: random.Random, g: torch.Generator, most: int) -> Argument
     return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int64)} if packed else {})
 
 
+def ema(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    packed = rng.random() < 0.3
+    batch, time_ = 1 if packed else rng.randint(1, 3), _length(rng, 4 * most)
+    dim, cuts = _length(rng, 2 * most) + 1, _cuts(rng, time_)
+    p = (3 * _normal(g, batch, time_) - 1).sigmoid()
+    arguments: Arguments = {
+        "x": _normal(g, batch, time_, dim), "p": p.clamp(1e-4, 1 - 1e-4), "return_state": rng.random() < 0.5
+    }
+    if rng.random() < 0.5:
+        arguments["state"] = _normal(g, len(cuts) - 1 if packed else batch, dim)
+    return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)} if packed else {})
+
+
 def rms_norm_gated(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
     groups, size, rows = rng.choice((1, 1, 2, 5)), rng.randint(2, 6 * most), rng.randint(0, most)
     shape = (rows, groups * size)
@@ -129,7 +142,7 @@ def mamba_step(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
 
 DRAWS: dict[str, Callable[[random.Random, torch.Generator, int], Arguments]] = {
     "selective_scan": selective_scan, "ssd": ssd, "causal_conv1d": causal_conv1d, "rms_norm_gated": rms_norm_gated,
-    "mamba_step": mamba_step,
+    "mamba_step": mamba_step, "ema": ema,
 }
 
 

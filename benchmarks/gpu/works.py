@@ -22,6 +22,7 @@ from benchmarks.peers import (
     inputs,
     mamba_ssm_peer,
     torch_conv,
+    torch_ema,
     torch_norm,
     torch_ssd,
 )
@@ -158,6 +159,22 @@ def _conv(name: str, batch: int, time: int, dim: int, goals: tuple[float | None,
     return works
 
 
+def _ema(name: str, batch: int, time: int, dim: int, goals: tuple[float | None, ...] = (None, None)) -> list[Work]:
+    rows, works = batch * time * dim, []
+    for grad, kind in ((False, "forward"), (True, "forward+backward")):
+        peers: dict[str, Make] = {
+            "mamba-ssm, as H-Net": partial(mamba_ssm_peer.ema, grad=grad),
+            "torch, compiled loop": partial(torch_ema.ema, form="compiled", grad=grad),
+        }
+        kept = 2 * 4 * rows / 16 if grad else 0   # y of every 16th token, written and read
+        works.append(Work(
+            f"ema {kind}, {name}", "ema", inputs.ema, (batch, time, dim), (2, 70, 64),
+            _sequence(pyseq.ema, "x p", grad), _sequence(reference.ema, "x p", grad), peers,
+            bytes=(5 if grad else 2) * rows * HALF + kept, goal=goals[grad], targets={"mamba-ssm, as H-Net": 2.0},
+        ))
+    return works
+
+
 def _norm(name: str, batch: int, time: int, dim: int, norm_before_gate: bool) -> list[Work]:
     rows, names, options = batch * time * dim, "x weight z", {"norm_before_gate": norm_before_gate}
     first = "norm first" if norm_before_gate else "gate first"
@@ -199,6 +216,10 @@ def _steps(batch: int, dim: int, states: int) -> list[Work]:
         bytes=2 * rows * 3 * 4 + 2 * rows * HALF + 4 * dim * 5, ex2=rows, step=True,
     )
     rank = max(1, dim // 32)
+    average = Work(
+        f"ema_step, B{batch} D{dim}", "ema", inputs.ema_step, (batch, dim), (2, 24), _step(pyseq.ema_step, "x p"),
+        _step(reference.ema_step, "x p"), bytes=2 * rows * 4 + 2 * rows * HALF, step=True,
+    )
     layer = Work(
         f"mamba_step, B{batch} D{dim} N{states}", "mamba_step", inputs.mamba_step, (batch, dim, states),
         (2, 64, states), _whole(pyseq.mamba_step), _whole(reference.mamba_step),
@@ -206,7 +227,7 @@ def _steps(batch: int, dim: int, states: int) -> list[Work]:
         bytes=8 * rows * (states + 3) + 3 * rows * HALF + (2 * rank + 2 * states) * dim * HALF + 4 * dim * (states + 7),
         ex2=rows * (states + 4), step=True,
     )
-    return [scan, conv, layer]
+    return [scan, conv, average, layer]
 
 
 def _half_state(*shape: int, **more: Any) -> inputs.SsdStep:
@@ -243,6 +264,7 @@ def standard() -> list[Work]:
         *_scan("B8 T2048 D4096 N16", 8, 2048, 4096, 16, goals=(0.35e-3, 1.55e-3), compiled=True),
         *_ssd("B8 T4096 H64 P64 N128", 8, 4096, 64, goals=(0.30e-3, 1.10e-3)),
         *_conv("B8 T4096 D8192 W4", 8, 4096, 8192, goals=(0.28e-3, None)),
+        *_ema("B8 T4096 D1024", 8, 4096, 1024, goals=(0.04e-3, None)),
         *_norm("B8 T4096 D4096", 8, 4096, 4096, False),
         *_norm("B8 T4096 D4096", 8, 4096, 4096, True),
     ]
@@ -259,5 +281,6 @@ def tiny() -> list[Work]:
     """One of each kind, at the size of a dry run."""
     return [
         *_scan("tiny", 1, 6, 8, 4), *_ssd("tiny", 1, 3, 1, small_time=5), *_conv("tiny", 1, 6, 8),
+        *_ema("tiny", 1, 6, 32),
         *_norm("tiny", 1, 3, 8, True), *_steps(2, 8, 4), *_ssd_steps(2, 2, 16, 32),
     ]

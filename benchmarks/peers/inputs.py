@@ -115,7 +115,25 @@ class SsdStep:
     dt_bias: Tensor  # [H]
 
 
-T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep, Ssd, SsdStep)
+@dataclass(frozen=True)
+class Ema:
+    """y[t] = p[t] x[t] + (1 - p[t]) y[t-1]."""
+
+    x: Tensor  # [B, T, D]
+    p: Tensor  # [B, T]
+    dy: Tensor  # [B, T, D]
+
+
+@dataclass(frozen=True)
+class EmaStep:
+    """One token of Ema; the state is updated in place."""
+
+    state: Tensor  # [B, D]
+    x: Tensor  # [B, D]
+    p: Tensor  # [B]
+
+
+T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep, Ssd, SsdStep, Ema, EmaStep)
 
 
 def scan(
@@ -247,6 +265,26 @@ def ssd_step(
     before = torch.randn(batch, heads, width, state, generator=g, device=device)
     token = {name: getattr(x, name)[:, 0].contiguous() for name in ("x", "dt", "B", "C")}
     return SsdStep(state=before, A=x.A, D=x.D, dt_bias=x.dt_bias, **token)
+
+
+def ema(
+    batch: int, time: int, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> Ema:
+    """p in (1e-4, 1 - 1e-4), as H-Net clamps it."""
+    g = torch.Generator(device).manual_seed(seed)
+    p = torch.rand(batch, time, generator=g, device=device)
+    x, dy = (torch.randn(batch, time, channels, generator=g, device=device).to(dtype) for _ in range(2))
+    return Ema(x=x, p=p.clamp(1e-4, 1 - 1e-4), dy=dy)
+
+
+def ema_step(
+    batch: int, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> EmaStep:
+    """The first token of `ema`, and a float32 state of unit variance."""
+    x = ema(batch, 1, channels, dtype, seed, device)
+    g = torch.Generator(device).manual_seed(seed + 1)
+    before = torch.randn(batch, channels, generator=g, device=device)
+    return EmaStep(state=before, x=x.x[:, 0].contiguous(), p=x.p[:, 0].contiguous())
 
 
 def double(x: T) -> T:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import PeerMissing, require
-from .inputs import MambaStep, Norm, Scan, ScanStep, Ssd, SsdStep
+from .inputs import Ema, MambaStep, Norm, Scan, ScanStep, Ssd, SsdStep
 
 
 def _triton(name: str) -> ModuleType:
@@ -84,6 +84,23 @@ def ssd(x: Ssd, grad: bool) -> Callable[[], object]:
     def call() -> object:
         data, dt, A, B, C, D, bias = tensors
         y = function(data, dt, A, B, C, chunk_size=256, D=D, dt_bias=bias, dt_softplus=True)
+        return torch.autograd.grad(y, tensors, x.dy) if grad else y
+
+    return call
+
+
+def ema(x: Ema, grad: bool) -> Callable[[], object]:
+    """As H-Net calls it: one state, heads of 32 channels, x divided by the step. y, or the gradients of x and p."""
+    function = _triton("ssd_combined").mamba_chunk_scan_combined
+    heads, tensors = x.x.shape[-1] // 32, [t.clone().requires_grad_(grad) for t in (x.x, x.p)]
+    A, C = -torch.ones(heads, device=x.x.device), torch.ones(*x.p.shape, 1, 1, device=x.x.device, dtype=x.x.dtype)
+
+    def call() -> object:
+        data, p = tensors
+        dt = -torch.log1p(-p.float()).to(data.dtype)
+        parts = (data / dt.unsqueeze(-1)).unflatten(-1, (heads, 32))
+        steps = dt.unsqueeze(-1).expand(*dt.shape, heads).contiguous()
+        y = function(parts, steps, A, p.to(data.dtype)[..., None, None], C, chunk_size=256).flatten(-2)
         return torch.autograd.grad(y, tensors, x.dy) if grad else y
 
     return call

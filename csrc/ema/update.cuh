@@ -136,7 +136,7 @@ __device__ __forceinline__ bool invalid(const Ema& s) { return s.sequence_of && 
 struct Spans {
   alignas(16) float p[kWarps][kTokens];
   struct {
-    Pair own[kWarps][32];
+    alignas(8) float own[kWarps][32 * kLane];
     float forgotten[kWarps];
     int alone[kWarps];
   } of[2];
@@ -164,7 +164,7 @@ template <bool back>
 __device__ __forceinline__ Pair join(Spans& m, int stage, const Place& at, const Pair& own, float forgotten, bool alone,
                                      Pair& y) {
   auto& of = m.of[stage];
-  of.own[at.warp][at.lane] = own;
+  store_vec<kLane>(of.own[at.warp] + at.lane * kLane, own);
   if (at.lane == 0) of.forgotten[at.warp] = forgotten, of.alone[at.warp] = alone;
   __syncthreads();
   Pair mine = y;
@@ -172,8 +172,8 @@ __device__ __forceinline__ Pair join(Spans& m, int stage, const Place& at, const
   for (int k = 0; k < kWarps; ++k) {
     const int w = back ? kWarps - 1 - k : k;
     if (w == at.warp) mine = y;
-    const Pair passed = add(of.own[w][at.lane], remain(of.forgotten[w], y));
-    y = of.alone[w] ? of.own[w][at.lane] : passed;
+    const Pair ends = load_vec<kLane>(of.own[w] + at.lane * kLane), passed = add(ends, remain(of.forgotten[w], y));
+    y = of.alone[w] ? ends : passed;
   }
   return mine;
 }

@@ -92,6 +92,14 @@ def ssd(dtype: torch.dtype, device: str) -> list[Work]:
     return [*_training(pyseq.ssd, data(T)), _step(pyseq.ssd_step, _normal(1, H, P, N2, device=device), data())]
 
 
+def ema(dtype: torch.dtype, device: str) -> list[Work]:
+    def data(*time: int) -> dict[str, Any]:
+        p = torch.sigmoid(_normal(1, *time, device=device)).clamp(1e-4, 1 - 1e-4)
+        return {"x": _normal(1, *time, D_MODEL, device=device, dtype=dtype), "p": p}
+
+    return [*_training(pyseq.ema, data(T)), _step(pyseq.ema_step, _normal(1, D_MODEL, device=device), data())]
+
+
 def rms_norm_gated(dtype: torch.dtype, device: str) -> list[Work]:
     x, residual = (_normal(1, T, D_MODEL, device=device, dtype=kind) for kind in (dtype, torch.float32))
     return _training(pyseq.rms_norm_gated, {"x": x, "weight": _normal(D_MODEL, device=device), "residual": residual})
@@ -140,6 +148,7 @@ WORKLOADS: dict[str, Callable[[torch.dtype, str], list[Work]]] = {
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
     "ssd": ssd,
+    "ema": ema,
     "rms_norm_gated": rms_norm_gated,
     "linear": linear,
     "mamba_step": mamba_step,

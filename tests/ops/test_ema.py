@@ -40,7 +40,7 @@ def test_it_is_ssd_with_one_state():
 
 @on_backends
 def test_a_small_weight_has_no_bias(backend):
-    """1 - p rounded to float32 is off by up to 3e-8, and y, after 1 / p tokens, by 3e-8 / p: four times the tolerance."""
+    """1 - p rounded to float32 is off by up to 3e-8, and y, after 1 / p tokens, by 3e-8 / p: over the tolerance."""
     torch.manual_seed(0)
     x, p = torch.rand(1, 2000, 8) + 0.5, torch.full((1, 2000), 3e-3)
     exact = reference.ema(x.double(), p.double())

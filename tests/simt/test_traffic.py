@@ -105,7 +105,8 @@ def aligned(name):
             arguments |= {"B": normal(b, t, n), "C": normal(b, t, n), "D": normal(d), "z": normal(b, t, d)}
             return arguments | {"state": normal(b, d, n), "dt_softplus": True, "return_state": True}
         if name == "ema":
-            return {"x": normal(b, 2 * t, d), "p": normal(b, 2 * t).sigmoid(), "state": normal(b, d), "return_state": True}
+            arguments = {"x": normal(b, 2 * t, d), "p": normal(b, 2 * t).sigmoid(), "state": normal(b, d)}
+            return arguments | {"return_state": True}
         if name == "mamba_step":
             r, b = 8, 4
             arguments = {"conv_state": normal(b, d, 3), "state": normal(b, d, n), "x": normal(b, d), "z": normal(b, d)}

@@ -25,7 +25,7 @@ struct Unit {
   int64_t group, head, heads;
 };
 
-// Units of up to `most` heads: those of all sequences come one after another, so that threads share long sequences evenly.
+// Units of up to `most` heads. Those of all sequences lie side by side: threads share long sequences evenly.
 inline int64_t blocks_of_group(const Ssd& s, int64_t most) { return (s.heads / s.groups + most - 1) / most; }
 inline Unit unit_at(const Ssd& s, int64_t most, int64_t unit) {
   const int64_t q = unit % s.sequences, per_group = s.heads / s.groups, blocks = blocks_of_group(s, most);
@@ -38,8 +38,8 @@ inline Unit unit_at(const Ssd& s, int64_t most, int64_t unit) {
 
 // delta and log decay of the tokens [begin, begin + tokens) for the heads of a unit: [heads, width] with zeros behind.
 // work: 2 tokens whole_vectors(heads) floats
-inline void load_steps(const Ssd& s, const Unit& u, int64_t begin, int64_t tokens, float* delta, float* log_a, int64_t width,
-                       float* work) {
+inline void load_steps(const Ssd& s, const Unit& u, int64_t begin, int64_t tokens, float* delta, float* log_a,
+                       int64_t width, float* work) {
   const int64_t across = whole_vectors(u.heads);
   float* const logs = work + tokens * across;
   for (int64_t h = 0; h < u.heads; h += W) {
@@ -82,8 +82,8 @@ struct Decays {
   }
 };
 
-// M[i][j] = scores[i][j] exp(L[i] - L[j]) delta[j] for j <= i, rows `width` apart. Within W tokens the decays are products
-// of those of single tokens; further back they are split where the W tokens begin, into two factors of at most 1.
+// M[i][j] = scores[i][j] exp(L[i] - L[j]) delta[j] for j <= i, rows `width` apart. Within W tokens the decays are
+// products of those of single tokens; further back they are split where the W tokens begin, into two factors <= 1.
 inline void weigh(const Decays& d, const float* scores, const float* delta, float* M, int64_t width) {
   vi lane;
   for (int i = 0; i < W; ++i) lane[i] = i;

@@ -1,77 +1,17 @@
 #include <algorithm>
+#include <type_traits>
 
-#include "ssd/chunk.h"
+#include "ssd/forward_chunk.h"
 #include "ssd/forward_exact.h"
 
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int64_t kMostHeads = 16;           // of a unit: they share <C, B> of a chunk
-constexpr int64_t kMostState = 128 * 1024;   // floats: the states of a unit stay in the second-level cache
-
-int64_t heads_of_unit(const Ssd& s) {
-  int64_t best = 1;
-  double least = 1e300;
-  const int64_t room = kMostState / (s.states * whole_vectors(s.width));
-  for (int64_t heads = 1; heads <= std::clamp<int64_t>(room, 1, kMostHeads); ++heads) {
-    const int64_t units = s.sequences * s.groups * blocks_of_group(s, heads);
-    const double cost = double((units + s.threads - 1) / s.threads) * (double(heads) + 0.3);   // 0.3: <C, B>
-    if (cost <= least) least = cost, best = heads;
-  }
-  return best;
-}
-
-int64_t chunk_of(const Ssd& s) { return s.chunk ? s.chunk : 64; }
-
-// What a unit keeps, and one chunk of it. Widths are whole vectors.
-struct Chunk {
-  int64_t tokens_width, states_width, width;
-  float* S;                        // [heads, N, width]: transposed, so that the channels are the lanes
-  float *B, *C, *Bt;               // [Q, states_width], the same, [N, tokens_width]
-  float *scores, *M;               // [Q, tokens_width]: <C, B>, and what x is multiplied by
-  float* x;                        // [Q, width]
-  float *delta, *log_a, *steps;    // [heads, tokens_width], the same, work
-  float* y;                        // a tile
-  int64_t size;
-
-  Chunk(const Ssd& s, float* scratch) {
-    Scratch from{scratch};
-    const int64_t Q = chunk_of(s), heads = heads_of_unit(s);
-    tokens_width = whole_vectors(Q), states_width = whole_vectors(s.states), width = whole_vectors(s.width);
-    S = from.take(heads * s.states * width);
-    B = from.take(Q * states_width);
-    C = from.take(Q * states_width);
-    Bt = from.take(s.states * tokens_width);
-    scores = from.take(Q * tokens_width);
-    M = from.take(Q * tokens_width);
-    x = from.take(Q * width);
-    delta = from.take(heads * tokens_width);
-    log_a = from.take(heads * tokens_width);
-    steps = from.take(2 * Q * whole_vectors(heads));
-    y = from.take(kTileRows * kTileVectors * W);
-    size = from.used;
-  }
-};
-
-void load_chunk(const Ssd& s, const Unit& u, const Chunk& c, int64_t begin, int64_t tokens) {
-  const auto at = [&](const View& v) { return u.row * v.stride[0] + begin * v.stride[1] + u.group * v.stride[2]; };
-  load_rows(c.B, s.B, at(s.B), s.B.stride[1], tokens, s.states);
-  load_rows(c.C, s.C, at(s.C), s.C.stride[1], tokens, s.states);
-  transpose_rows(c.Bt, c.tokens_width, c.B, c.states_width, tokens, s.states);
-  for_tiles(tokens, tokens, [&]<int R, int K>(int64_t i, int64_t j) {
-    if (j >= i + R) return;
-    vf sum[R][K] = {};
-    multiply(sum, c.C + i * c.states_width, c.states_width, 1, c.Bt + j, c.tokens_width, s.states);
-    store_tile(c.scores + i * c.tokens_width + j, c.tokens_width, sum);
-  });
-  load_steps(s, u, begin, tokens, c.delta, c.log_a, c.tokens_width, c.steps);
-}
-
 // Brings rows of a tensor towards the core: they lie too far apart for the machine to see them coming.
 template <int write> void prefetch(const View& v, int64_t at, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {
     const char* const row = static_cast<const char*>(v.at(at + r * v.stride[1]));
-    for (int64_t byte = 0; byte < columns * size_of(v.type); byte += 64) __builtin_prefetch(row + byte, write, write ? 3 : 2);
+    for (int64_t i = 0; i < columns * size_of(v.type); i += 64) __builtin_prefetch(row + i, write, write ? 3 : 2);
   }
 }
 
@@ -79,7 +19,8 @@ template <int write> void prefetch(const View& v, int64_t at, int64_t rows, int6
 void finish(const Ssd& s, const Chunk& c, int64_t row, int64_t begin, int64_t head, int64_t i, int64_t rows,
             int64_t column, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {
-    const auto at = [&](const View& v) { return row * v.stride[0] + (begin + i + r) * v.stride[1] + head * v.stride[2]; };
+    const int64_t t = begin + i + r;
+    const auto at = [&](const View& v) { return row * v.stride[0] + t * v.stride[1] + head * v.stride[2]; };
     const int64_t y = at(s.y), z = at(s.z);
     for (int64_t p = column; p < column + columns && p < s.width; p += W) {
       const vf v = load(c.y + r * columns + p - column), x = load(c.x + (i + r) * c.width + p);
@@ -89,6 +30,7 @@ void finish(const Ssd& s, const Chunk& c, int64_t row, int64_t begin, int64_t he
 }
 
 // One head of a chunk. `started`: S holds a state, not zeros; `further`: the state after the chunk is wanted.
+template <class P>
 void advance(const Ssd& s, const Unit& u, const Chunk& c, int64_t begin, int64_t tokens, int64_t h, bool started,
              bool further) {
   const int64_t head = u.head + h;
@@ -98,13 +40,16 @@ void advance(const Ssd& s, const Unit& u, const Chunk& c, int64_t begin, int64_t
   weigh(decay, c.scores, delta, c.M, c.tokens_width);
   const int64_t x = u.row * s.x.stride[0] + begin * s.x.stride[1] + head * s.x.stride[2];
   load_rows(c.x, s.x, x, s.x.stride[1], tokens, s.width);
+#if defined(__AVX512F__)
+  if (std::is_same_v<P, Pairs> && started) pair_states(s, c, S);
+#endif
   const int64_t next = h + 1 < u.heads ? x + s.x.stride[2] : x + tokens * s.x.stride[1] - h * s.x.stride[2];
   const int64_t y = u.row * s.y.stride[0] + begin * s.y.stride[1] + head * s.y.stride[2];
   for_tiles(tokens, s.width, [&]<int R, int K>(int64_t i, int64_t p) {
     prefetch<0>(s.x, next + i * s.x.stride[1] + p, R, K * W);
     prefetch<1>(s.y, y + i * s.y.stride[1] + p, R, K * W);
     vf sum[R][K] = {};
-    if (started) multiply(sum, c.C + i * c.states_width, c.states_width, 1, S + p, c.width, s.states);
+    if (started) multiply_state<P>(sum, s, c, S, i, p);
     scale_rows(sum, decay.before + i);   // also 0: NaN where A is not <= 0
     const float* const M = c.M + i * c.tokens_width;
     multiply(sum, M, c.tokens_width, 1, c.x + p, c.width, i);
@@ -127,7 +72,7 @@ void advance(const Ssd& s, const Unit& u, const Chunk& c, int64_t begin, int64_t
   });
 }
 
-void forward_unit(const Ssd& s, const Unit& u, const Chunk& c) {
+template <class P> void forward_unit(const Ssd& s, const Unit& u, const Chunk& c) {
   const int64_t size = s.width * s.states, first = (u.sequence * s.heads + u.head) * size, Q = chunk_of(s);
   const int64_t kept = s.states * c.width;
   bool started = s.state;
@@ -136,8 +81,8 @@ void forward_unit(const Ssd& s, const Unit& u, const Chunk& c) {
   }
   for (int64_t t = u.begin; t < u.end; t += Q) {
     const int64_t tokens = std::min(Q, u.end - t);
-    load_chunk(s, u, c, t, tokens);
-    for (int64_t h = 0; h < u.heads; ++h) advance(s, u, c, t, tokens, h, started, t + Q < u.end || s.state_out);
+    load_chunk<P>(s, u, c, t, tokens);
+    for (int64_t h = 0; h < u.heads; ++h) advance<P>(s, u, c, t, tokens, h, started, t + Q < u.end || s.state_out);
     started = true;
   }
   for (int64_t h = 0; s.state_out && h < u.heads; ++h) {
@@ -161,7 +106,11 @@ void ssd_forward(const Ssd& s, int64_t begin, int64_t end) {
   } else {
     const Chunk chunk(s, s.scratch);
     const int64_t most = heads_of_unit(s);
-    for (int64_t unit = begin; unit < end; ++unit) forward_unit(s, unit_at(s, most, unit), chunk);
+    auto forward = forward_unit<Singles>;
+#if defined(__AVX512F__)
+    if (in_pairs(s)) forward = forward_unit<Pairs>;
+#endif
+    for (int64_t unit = begin; unit < end; ++unit) forward(s, unit_at(s, most, unit), chunk);
   }
   restore_denormals(mode);
 }

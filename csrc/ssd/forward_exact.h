@@ -1,5 +1,5 @@
-// The forward token by token, in the arithmetic of the step. Some channels and states at a time stay in registers while a
-// number of tokens passes; how many is no matter to the bits, as every state and every sum has an order of its own.
+// The forward token by token, in the arithmetic of the step. Some channels and states at a time stay in registers while
+// some tokens pass; how many is no matter to the bits, as every state and every sum has an order of its own.
 #pragma once
 #include <algorithm>
 
@@ -16,7 +16,7 @@ struct Block {
   int64_t states_width, width;   // whole vectors of N and P
   float *S, *B, *C;              // [width, states_width]; [tokens, states_width] twice
   float *x, *dx;                 // [tokens, width]
-  float *total, *parts;          // [tokens, 4, W]: of four channels, before the last states; [tokens, width / 4, W]: their sum4
+  float *total, *parts;          // [tokens, 4, W]: of four channels, so far; [tokens, width / 4, W]: their sum4
   float a[kBlock], delta[kBlock];
 
   static int64_t size(const Ssd& s) {

@@ -39,8 +39,9 @@ template <class T> void step_head(const SsdStep& s, int64_t b, int64_t h) {
     store(dx, delta * x);
     vf total[W] = {};
     int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows) advance<kRows>(s, state + (p + r) * stride, stride, B, C, a, dx + r, total + r);
-    for (; r < rows; ++r) advance<1>(s, state + (p + r) * stride, stride, B, C, a, dx + r, total + r);
+    T* const S = state + p * stride;
+    for (; r + kRows <= rows; r += kRows) advance<kRows>(s, S + r * stride, stride, B, C, a, dx + r, total + r);
+    for (; r < rows; ++r) advance<1>(s, S + r * stride, stride, B, C, a, dx + r, total + r);
     store(s.y, y_at + p, output(s, sum_rows(total), x, z_at + p, h, p), rows);
   }
 }

@@ -1,6 +1,6 @@
 // Products of small float32 matrices in the scratch of a thread, by register tiles: R rows by C vectors of sums.
 #pragma once
-#include "cpu/simd.h"
+#include "cpu/dot.h"
 
 namespace pyseq::PYSEQ_ISA {
 namespace {
@@ -10,8 +10,20 @@ constexpr int kTileRows = 6, kTileVectors = W == 16 ? 4 : 2;
 
 inline int64_t whole_vectors(int64_t n) { return (n + W - 1) / W * W; }
 
+// What a number of a matrix is: a float32, or (AVX-512, behind Ssd::dot) a word of two bfloat16 that lie along k.
+struct Singles {
+  static vf add(vf a, vf w, vf sum) { return fma(a, w, sum); }
+  static int64_t words(int64_t k) { return k; }
+};
+#if defined(__AVX512F__)
+struct Pairs {
+  static vf add(vf a, vf w, vf sum) { return dot_bf16(as_int(a), as_int(w), sum); }
+  static int64_t words(int64_t k) { return (k + 1) / 2; }
+};
+#endif
+
 // One k: sum[r][c] += a[r * row] w[c W ...] for rows [from, to).
-template <int R, int C>
+template <class P = Singles, int R, int C>
 [[gnu::always_inline]] inline void multiply_one(vf (&sum)[R][C], int from, int to, const float* a, int64_t row,
                                                 const float* w) {
   vf v[C];
@@ -21,15 +33,15 @@ template <int R, int C>
   for (int r = from; r < to; ++r) {
     const vf x = splat(a[r * row]);
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = fma(x, v[c], sum[r][c]);
+    for (int c = 0; c < C; ++c) sum[r][c] = P::add(x, v[c], sum[r][c]);
   }
 }
 
 // sum[r][c] += the sum over k < n of a[r * row + k * step] w[k * width + c W ...]
-template <int R, int C>
+template <class P = Singles, int R, int C>
 [[gnu::always_inline]] inline void multiply(vf (&sum)[R][C], const float* a, int64_t row, int64_t step, const float* w,
                                             int64_t width, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) multiply_one(sum, 0, R, a + k * step, row, w + k * width);
+  for (int64_t k = 0; k < n; ++k) multiply_one<P>(sum, 0, R, a + k * step, row, w + k * width);
 }
 
 // The R x R block on a diagonal: row r takes k <= r (multiply_lower) or k >= r (multiply_upper). What lies on the other

@@ -1,5 +1,5 @@
-// Step sizes and decays, which every form shares; and one token of the recurrence, which the step and the sequential form
-// share and which makes them agree bit for bit.
+// Step sizes and decays, which every form shares; and one token of the recurrence, which the step and the sequential
+// form share, which makes them agree bit for bit.
 #pragma once
 #include "cpu/simd.h"
 #include "ssd/kernel.h"
@@ -19,8 +19,8 @@ inline vf log_decay(vf delta, vf A) { return select(A <= 0.f, at_least(delta * A
 
 inline vf next(vf a, vf S, vf dx, vf B) { return fma(a, S, dx * B); }   // W states of a channel; dx = delta x
 
-// <C, S> of a channel is one chain of fma over the vectors of states, then a tree over the lanes: lane i of the result is
-// the sum over the lanes of total[i].
+// <C, S> of a channel is one chain of fma over the vectors of states, then a tree over the lanes: lane i of the result
+// is the sum over the lanes of total[i].
 inline vf sum_rows(const vf (&total)[W]) {
   vf parts[W / 4];
 #pragma GCC unroll 4

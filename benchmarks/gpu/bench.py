@@ -39,6 +39,8 @@ RESERVE = 180.0   # seconds kept for the peers
 MODELS = {
     "mamba-130m": Config(d_model=768, n_layer=24, vocab_size=50280),
     "mamba-2.8b": Config(d_model=2560, n_layer=64, vocab_size=50280),
+    "mamba2-130m": Config(d_model=768, n_layer=24, vocab_size=50288, layer="Mamba2"),
+    "mamba2-2.7b": Config(d_model=2560, n_layer=64, vocab_size=50288, layer="Mamba2"),
 }
 
 
@@ -167,8 +169,9 @@ def decode(device: Device, config: Config, batch: int, limits: dict[str, float])
 
 def model_items(device: Device, limits: dict[str, float]) -> dict[str, Callable[[], dict[str, Any]]]:
     if device.dry:
-        config = Config(d_model=16, n_layer=2, vocab_size=64)
-        return {"generate tiny, batch 2": partial(decode, device, config, 2, limits)}
+        second = {"layer": "Mamba2", "layer_args": {"d_state": 16, "headdim": 16}}
+        configs = {"mamba": Config(16, 2, 64), "mamba2": Config(16, 2, 64, **second)}
+        return {f"generate tiny {name}, batch 2": partial(decode, device, c, 2, limits) for name, c in configs.items()}
     return {
         f"generate {name}, batch {batch}": partial(decode, device, config, batch, limits)
         for name, config in MODELS.items() for batch in (1, 64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ T, D, N, W, D_MODEL = 2048, 1536, 16, 4, 768
 H, P, N2 = 24, 64, 128  # of Mamba-2
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Work:
     name: str
     call: Callable[[], Any]
@@ -89,7 +89,12 @@ def ssd(dtype: torch.dtype, device: str) -> list[Work]:
             **narrow, **weights, "dt_bias": _normal(H, device=device) - 4, "dt_softplus": True,
         }  # fmt: skip
 
-    return [*_training(pyseq.ssd, data(T)), _step(pyseq.ssd_step, _normal(1, H, P, N2, device=device), data())]
+    rounded = _step(pyseq.ssd_step, _normal(1, H, P, N2, device=device, dtype=torch.bfloat16), data())
+    return [
+        *_training(pyseq.ssd, data(T)),
+        _step(pyseq.ssd_step, _normal(1, H, P, N2, device=device), data()),
+        dataclasses.replace(rounded, name=f"{rounded.name}, bfloat16 state"),
+    ]
 
 
 def ema(dtype: torch.dtype, device: str) -> list[Work]:

@@ -56,6 +56,14 @@ inline void load_steps(const Ssd& s, const Unit& u, int64_t begin, int64_t token
   transpose_rows(log_a, width, logs, across, tokens, u.heads);
 }
 
+// Brings rows of a tensor towards the core: they lie too far apart for the machine to see them coming.
+template <int write> inline void prefetch(const View& v, int64_t at, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* const row = static_cast<const char*>(v.at(at + r * v.stride[1]));
+    for (int64_t i = 0; i < columns * size_of(v.type); i += 64) __builtin_prefetch(row + i, write, write ? 3 : 2);
+  }
+}
+
 inline vf narrow(const double* from, double scale, double shift) {   // W of scale * from + shift
   alignas(64) float to[W];
   for (int i = 0; i < W; ++i) to[i] = float(scale * from[i] + shift);

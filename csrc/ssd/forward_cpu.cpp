@@ -7,14 +7,6 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// Brings rows of a tensor towards the core: they lie too far apart for the machine to see them coming.
-template <int write> void prefetch(const View& v, int64_t at, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const char* const row = static_cast<const char*>(v.at(at + r * v.stride[1]));
-    for (int64_t i = 0; i < columns * size_of(v.type); i += 64) __builtin_prefetch(row + i, write, write ? 3 : 2);
-  }
-}
-
 // A tile of y, [rows, columns]: skip, gate, and the one rounding.
 void finish(const Ssd& s, const Chunk& c, int64_t row, int64_t begin, int64_t head, int64_t i, int64_t rows,
             int64_t column, int64_t columns) {

@@ -151,7 +151,8 @@ class Op:
     packs: bool = False             # takes cu_seqlens
     split_exact: bool = False       # forward bits do not depend on how a sequence is split
     float32: tuple[str, ...] = ()   # arguments read as float32 whatever they are: weights, A, D, biases
-    products: torch.dtype | None = None   # where all data has this type, so have the operands of products that end in y
+    operands: tuple[str, ...] = ()  # the arguments of its matrix products; where all of them have the type ...
+    products: torch.dtype | None = None   # ... `products`, what multiplies its way into y is rounded to it
     updates: tuple[str, ...] = ()   # of an op that is only a step: the arguments that it writes to
     cublas: bool = False            # on CUDA the op is torch's own
     notes: Callable[[dict[str, Any]], list[str]] | None = None   # what explain() says about a call, if not the usual

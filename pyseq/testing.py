@@ -154,9 +154,14 @@ def error(
 
 
 def products_of(op: Op, arguments: dict[str, Any]) -> torch.dtype | None:
-    """The type that `op` rounds operands to for these arguments: that of its data, if it is one for all of them."""
-    data = {arguments[n].dtype for n in op.time if n != "dt" and isinstance(arguments.get(n), torch.Tensor)}
-    return op.products if data == {op.products} and not arguments.get("exact") else None
+    """The type that `op` rounds operands to for these arguments: where all that it multiplies has that type."""
+    types = {arguments[n].dtype for n in op.operands}
+    return op.products if types == {op.products} and not arguments.get("exact") else None
+
+
+def products_in(gradient: str, products: torch.dtype | None) -> torch.dtype | None:
+    """The same for one gradient: a state's is a state, and not computed from rounded operands."""
+    return None if gradient.split(".")[0].endswith("state") else products
 
 
 def assert_close(

@@ -188,7 +188,10 @@ def examine(op: Op, arguments: Arguments, device: Device) -> tuple[float, bool]:
         runs.append((*outputs, *grads.values()))
     products = testing.products_of(op, arguments)
     errors = [testing.error(y, e, "output", products) for y, e in zip(outputs, exact, strict=True)]
-    errors += [testing.error(grad, exact_grads[name], "gradient", products) for name, grad in grads.items()]
+    errors += [
+        testing.error(grad, exact_grads[name], "gradient", testing.products_in(name, products))
+        for name, grad in grads.items()
+    ]
     return max(errors, default=0.0), all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

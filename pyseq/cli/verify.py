@@ -122,7 +122,10 @@ def errors(
         outputs, gradients = testing.gradients(op.function, testing.prepare(arguments, device, requires_grad=True))
         stepped = steps(op, testing.prepare(arguments, device, requires_grad=False))
     forward = [testing.error(y, e, "output", products) for y, e in zip(outputs, exact, strict=True)]
-    gradient = [testing.error(g, exact_gradients[name], "gradient", products) for name, g in gradients.items()]
+    gradient = [
+        testing.error(g, exact_gradients[name], "gradient", testing.products_in(name, products))
+        for name, g in gradients.items()
+    ]
     step = None if stepped is None else testing.error(stepped, exact[0])
     return max(forward, default=0.0), max(gradient, default=0.0), step
 

@@ -120,6 +120,11 @@ def _chunk(dims: Dims, chunk_size: Any) -> int:
     return chunk_size
 
 
+def _decays(A: torch.Tensor) -> torch.Tensor:
+    """For the reference, which takes any A: NaN where the kernels would answer with it."""
+    return A if readable(A) else torch.where(A <= 0, A, math.nan)
+
+
 def ssd(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -187,7 +192,7 @@ def ssd(
     chunk = _chunk(dims, chunk_size)
     if double:
         return reference.ssd(
-            x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus, dt_limit=(low, high),
+            x, dt, _decays(A), B, C, D, z, dt_bias, dt_softplus=dt_softplus, dt_limit=(low, high),
             state=state, cu_seqlens=cu_seqlens, return_state=return_state,
         )  # fmt: skip
     y, last = _OP.active.forward(
@@ -234,7 +239,7 @@ def ssd_step(
     refuse_gradient("ssd_step", (state, x, dt, A, B, C, D, z, dt_bias))
     if double:
         return reference.ssd_step(
-            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus, dt_limit=(low, high)
+            state, x, dt, _decays(A), B, C, D, z, dt_bias, dt_softplus=dt_softplus, dt_limit=(low, high)
         )
     return _OP.active.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high)
 
@@ -243,5 +248,6 @@ _OP.function = ssd
 _OP.step = ssd_step
 _OP.time = ("x", "dt", "B", "C", "z")
 _OP.packs = True
+_OP.operands = ("x", "B", "C")
 _OP.products = torch.bfloat16
 _OP.float32 = ("A", "D", "dt_bias")

@@ -261,4 +261,7 @@ def test_positive_A_is_found_in_every_eager_call_and_in_no_compiled_one():
     exact_y, exact_last = of_heads(arguments, good)
     assert_close(y[:, :, good], exact_y, "y")
     assert_close(last[:, good], exact_last, "state")
+    wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    y, _ = torch.compile(pyseq.ssd, fullgraph=True, backend="eager")(**wide)
+    assert y[:, :, 1].isnan().all() and not y[:, :, good].isnan().any()
 

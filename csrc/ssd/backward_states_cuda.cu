@@ -1,0 +1,171 @@
+// The state before each chunk, from the first on, and G after each chunk, from the last back: the same walk
+//
+//   S' = exp(L[Q]) S + sum_j exp(L[Q] - L[j]) delta[j] x[j] B[j]^T        G before = exp(L[Q]) G + sum_i exp(L[i]) dv[i] C[i]^T
+//
+// A block has 64 rows and 128 columns of one state in registers, a warp 16 by 64 of them. The scaled x or dv goes in two parts
+// into products of bfloat16, so that the state stays what float32 makes it; only what is stored to be an operand is rounded.
+#include "ssd/backward.cuh"
+#include "ssd/operands.cuh"
+
+namespace pyseq::ssd {
+namespace {
+
+constexpr int kColumns = 128;                                        // of a state, of one block
+constexpr int kRowStride = kBlockWidth + 8, kColumnStride = kColumns + 8;   // padded against bank conflicts
+
+template <class Policy> struct Memory {
+  using T = typename Policy::T;
+  T columns[kChunk][kColumnStride];      // B or C
+  T scaled[2][kChunk][kRowStride];       // x or dv, times its weight; the second what rounding left of bfloat16
+};
+template <> struct Memory<Full> {
+  float columns[kChunk][kColumnStride];
+  float scaled[1][kChunk][kRowStride];
+};
+
+struct Walk {
+  int64_t sequence, row, begin, end, first, chunks;   // tokens [begin, end) of the row; chunks from `first` on
+  __device__ Walk(const Ssd& s, const Plan& p, int64_t sequence) : sequence(sequence) {
+    const bool packed = s.cu_seqlens;
+    row = packed ? 0 : sequence;
+    begin = packed ? s.cu_seqlens[sequence] : 0;
+    end = packed ? s.cu_seqlens[sequence + 1] : s.time;
+    first = packed ? begin / kChunk + sequence : sequence * p.row_chunks;
+    chunks = (end - begin + kChunk - 1) / kChunk;
+  }
+};
+
+// The block's place: 64 rows and 128 columns of a head's state.
+struct Place {
+  int64_t head, row, column;
+  int lane, warp;
+  __device__ __forceinline__ int64_t row_of(int r) const { return row + warp % 4 * 16 + lane / 4 + r / 2 * 8; }
+  __device__ __forceinline__ int64_t column_of(int n, int half) const {
+    return column + warp / 4 * 64 + n * 16 + half * 8 + lane % 4 * 2;
+  }
+};
+
+template <class Policy, bool kReverse>
+__device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, const Plan& p, const Place& at, const Chunk& chunk,
+                                            const float* steps) {
+  using T = typename Policy::T;
+  const View& B = kReverse ? s.C : s.B;
+  const int64_t group = at.head / p.group_heads;
+  stage<kColumns>(&m.columns[0][0], kColumnStride, B,
+                  chunk.row * B.stride[0] + chunk.begin * B.stride[1] + group * B.stride[2] + at.column, B.stride[1],
+                  chunk.count, s.states - at.column, kReverse ? p.wide_C : p.wide_B);
+  constexpr int kEights = kBlockWidth / 8;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kChunk * kEights; i += kThreads) {
+    const int t = i / kEights, column = i % kEights * 8;
+    const float high = steps[kHigh * kChunk + t], low = steps[kLow * kChunk + t];
+    const float last_high = steps[kHigh * kChunk + kChunk - 1], last_low = steps[kLow * kChunk + kChunk - 1];
+    const float weight = kReverse ? decay(high, low) : decay(last_high - high, last_low - low) * steps[kDelta * kChunk + t];
+    Vec<8> v{};
+    if (t < chunk.count) {
+      if constexpr (kReverse) {
+        v = gated<false>(s, p, chunk.row, chunk.begin + t, at.head, at.row + column);
+      } else {
+        const int64_t x = chunk.row * s.x.stride[0] + (chunk.begin + t) * s.x.stride[1] + at.head * s.x.stride[2];
+        v = load_vec<8>(s.x, x + at.row + column, p.wide_x, s.width - at.row - column);
+      }
+    }
+    Vec<8> rest;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      v[k] *= weight;
+      T rounded;
+      store(&rounded, v[k]);
+      rest[k] = v[k] - load(&rounded);
+    }
+    store_vec<8>(&m.scaled[0][t][column], v);
+    if constexpr (sizeof(T) == 2) store_vec<8>(&m.scaled[1][t][column], rest);
+  }
+}
+
+template <class Policy, bool kReverse>
+__global__ void __launch_bounds__(kThreads) ssd_backward_states_kernel(Ssd s, Plan p) {
+  using T = typename Policy::T;
+  Memory<Policy>& m = *dynamic_smem<Memory<Policy>>();
+  const int64_t column_blocks = (p.states + kColumns - 1) / kColumns;
+  int64_t block = blockIdx.x;
+  Place at{0, 0, block % column_blocks * kColumns, int(threadIdx.x % 32), int(threadIdx.x / 32)};
+  block /= column_blocks;
+  at.row = block % p.width_blocks * kBlockWidth;
+  block /= p.width_blocks;
+  at.head = block % s.heads;
+  const int64_t sequence = block / s.heads, state = (sequence * s.heads + at.head) * s.width * s.states;
+  Result acc[4];
+  // Calls f(element, row, column) for what this thread has of the state.
+  const auto each = [&](auto f) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) f(acc[n][i / 4][i % 4], at.row_of(i % 4), at.column_of(n, i / 4) + i % 2);
+  };
+  const float* const initial = kReverse ? s.dstate_out : s.state;
+  each([&](float& x, int64_t row, int64_t n) {
+    x = initial && row < s.width && n < s.states ? initial[state + row * s.states + n] : 0.f;
+  });
+  const bool invalid = p.invalid(s);
+  if (!invalid) {
+    const Walk walk(s, p, sequence);
+#pragma unroll 1
+    for (int64_t i = 0; i < walk.chunks; ++i) {
+      const int64_t c = kReverse ? walk.chunks - 1 - i : i;
+      const Chunk chunk = Plan::cut(sequence, walk.row, walk.begin, c, walk.end);
+      const float* const steps = p.steps_of(s, walk.first + c, at.head);
+      T* const to = p.state_of<T>(kReverse ? p.after : p.before, s, walk.first + c, at.head);
+      stage_chunk<Policy, kReverse>(m, s, p, at, chunk, steps);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int r = 0; r < 4; r += 2) {
+          const int64_t row = at.row_of(r), column = at.column_of(n / 2, n % 2);
+          const float* const x = acc[n / 2][n % 2];
+          if (row < s.width && column < p.states) Policy::store_pair(to + row * p.states + column, x[r], x[r + 1]);
+        }
+      const float passes = decay(steps[kHigh * kChunk + kChunk - 1], steps[kLow * kChunk + kChunk - 1]);
+      each([&](float& x, int64_t, int64_t) { x *= passes; });
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kChunk; k += 16) {
+        typename Policy::Split a;
+        const Matrix<T> rows{&m.scaled[0][k][at.warp % 4 * 16], kRowStride};
+        if constexpr (sizeof(T) == 2) {
+          a.hi = Policy::template load_a<true>(rows, at.lane);
+          a.lo = Policy::template load_a<true>({&m.scaled[1][k][at.warp % 4 * 16], kRowStride}, at.lane);
+        } else {
+          a = Policy::template load_a<true>(rows, at.lane);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const Matrix<T> columns{&m.columns[k][at.warp / 4 * 64 + n * 16], kColumnStride};
+          Policy::multiply(acc[n], a, Policy::template load_b<false>(columns, at.lane));
+        }
+      }
+      __syncthreads();
+    }
+  }
+  if (!kReverse || !s.dstate) return;
+  each([&](float& x, int64_t row, int64_t n) {
+    if (row < s.width && n < s.states) s.dstate[state + row * s.states + n] = invalid ? __int_as_float(0x7fffffff) : x;
+  });
+}
+
+template <class Policy> int launch_both(const Ssd& s, const Plan& p, void* stream) {
+  const dim3 grid(unsigned(s.sequences * s.heads * p.width_blocks * ((p.states + kColumns - 1) / kColumns)));
+  const dim3 threads(kThreads);
+  constexpr size_t kBytes = sizeof(Memory<Policy>);
+  if (int error = launch<ssd_backward_states_kernel<Policy, false>>(grid, threads, kBytes, stream, s, p)) return error;
+  return launch<ssd_backward_states_kernel<Policy, true>>(grid, threads, kBytes, stream, s, p);
+}
+
+}  // namespace
+
+int ssd_backward_states_cuda(const Ssd& s, void* stream) {
+  const Plan p(s);
+  return p.half ? launch_both<Half>(s, p, stream) : launch_both<Full>(s, p, stream);
+}
+
+}  // namespace pyseq::ssd

@@ -22,6 +22,7 @@ int ssd_reduce_cuda(const Ssd&, void* stream);
 namespace {
 
 constexpr int kChunk = 64, kBlockWidth = 64;   // tokens of a chunk; rows of a state, channels of a head, at a time
+constexpr int kStateColumns = 128;             // of a state in registers
 constexpr int kThreads = 256, kMostHeads = 16;
 enum Step { kDelta, kHigh, kLow, kSteps };     // per token and head: delta, and L in two floats
 enum Part { kUx, kGBx, kSCv, kBetween, kParts = kBetween + 4 };   // as in ssd_backward_local
@@ -35,10 +36,11 @@ struct Plan {
   int64_t row_chunks, chunks;            // of a sequence that is not packed; of all
   int64_t width_blocks, states;          // of kBlockWidth channels; N of a stored state, a multiple of 8
   int64_t group_heads, heads, head_blocks;   // H / G; of a block; blocks of a group
-  bool half, split;                      // operands: bfloat16; dv in two parts
+  bool half;                             // x, B and C are bfloat16, states stored in float16
   bool wide_x, wide_B, wide_C, wide_dy, wide_z, wide_ungated, wide_dx, wide_dz;   // 8 elements at once
   bool wide_dB, wide_dC;                 // 4
   int64_t state_floats;                  // of all stored states
+  float *units;                          // half: [chunks, heads, width_blocks, 2 + 2 column_blocks()], of x, dv, S and G
   float *steps, *parts, *inner, *weights, *slabs;   // weights: dA, dbias; dD of each chunk and warp
   float *skips, *before, *after;         // skips: dD; before, after: S and G
   int64_t floats;
@@ -53,7 +55,6 @@ struct Plan {
     while (heads > 1 && chunks * s.groups * ((group_heads + heads - 1) / heads) < 264) heads = (heads + 1) / 2;
     head_blocks = heads ? (group_heads + heads - 1) / heads : 0;
     half = s.x.type == DType::bf16 && s.B.type == DType::bf16 && s.C.type == DType::bf16;
-    split = half && (s.z || (s.dy && s.dy.type != DType::bf16));
     wide_x = vectorisable(s.x, 8, 3), wide_dx = vectorisable(s.dx, 8, 3);
     wide_B = vectorisable(s.B, 8, 3), wide_C = vectorisable(s.C, 8, 3);
     wide_dy = vectorisable(s.dy, 8, 3), wide_z = vectorisable(s.z, 8, 3);
@@ -68,6 +69,7 @@ struct Plan {
     take(steps, chunks * s.heads * kSteps * kChunk);
     take(parts, chunks * s.heads * kParts * kChunk);
     take(inner, chunks * s.heads * 4);
+    take(units, half ? chunks * s.heads * width_blocks * (2 + 2 * column_blocks()) : 0);
     take(weights, chunks * s.heads * 2);
     take(skips, s.D ? chunks * s.heads * 4 * s.D_width : 0);
     take(slabs, head_blocks * s.batch * s.time * s.groups * 2 * states);
@@ -75,6 +77,11 @@ struct Plan {
     take(after, state_floats);
   }
 
+  constexpr int64_t column_blocks() const { return (states + kStateColumns - 1) / kStateColumns; }
+  // Of 64 rows of a head at chunk m: x, dv, then S of each block of columns, then G.
+  __device__ float* units_of(const Ssd& s, int64_t m, int64_t head, int64_t row) const {
+    return units + ((m * s.heads + head) * width_blocks + row / kBlockWidth) * (2 + 2 * column_blocks());
+  }
   __device__ bool invalid(const Ssd& s) const { return s.sequence_of && s.sequence_of[0] < 0; }
 
   // Where cu_seqlens is not valid: rows of kChunk tokens, of sequence -1, for whom it is to write NaN.
@@ -109,22 +116,32 @@ struct Plan {
   }
 };
 
+// The power of two in units of which numbers up to `most` are at most 2^15, which float16 holds. Where they are very small
+// it is not, so that no product of units overflows.
+__device__ __forceinline__ float unit_of(float most) {
+  const int exponent = max(int(__float_as_uint(most) >> 23), 127 - 40) - 14;
+  return most == 0.f ? 1.f : __uint_as_float(unsigned(exponent) << 23);
+}
+__device__ __forceinline__ float inverse(float unit) { return __uint_as_float((254u << 23) - __float_as_uint(unit)); }
+
 // exp of a difference of two L, which is not positive.
 __device__ __forceinline__ float decay(float high, float low) {
   const float d = high + low;
   return ex2(kLog2e * (d > 0.f ? 0.f : d));
 }
 
-// kRows rows of kColumns numbers to shared memory, as T; zeros from `rows` and `columns` on.
+// A chunk of kColumns numbers to shared memory, times `scale`, as T; zeros from `rows` and `columns` on.
 template <int kColumns, class T>
 __device__ __forceinline__ void stage(T* tile, int stride, const View& x, int64_t at, int64_t step, int rows, int64_t columns,
-                                      bool wide) {
+                                      bool wide, float scale) {
   constexpr int kEights = kColumns / 8;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 64 * kEights; i += kThreads) {
+  for (int i = threadIdx.x; i < kChunk * kEights; i += kThreads) {
     const int row = i / kEights, column = i % kEights * 8;
     Vec<8> v{};
     if (row < rows) v = load_vec<8>(x, at + row * step + column, wide, columns - column);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] *= scale;
     store_vec<8>(tile + row * stride + column, v);
   }
 }

@@ -23,20 +23,21 @@ __device__ void clear_skips(const Ssd& s, const Plan& p, int64_t index, int64_t 
   }
 }
 
-template <class Policy, bool kSplit>
+template <class Policy>
 __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p) {
-  using Here = Local<Policy, kSplit>;
+  using Here = Local<Policy>;
   constexpr int kWidth = kColumns<Policy>;
   const int64_t block = blockIdx.x % p.head_blocks, group = blockIdx.x / p.head_blocks % s.groups;
   const int64_t index = blockIdx.x / p.head_blocks / s.groups;
   const int64_t end = (group + 1) * p.group_heads, first = group * p.group_heads + block * p.heads;
   const int64_t last = first + p.heads < end ? first + p.heads : end;
   const int warp = threadIdx.x / 32;
-  Here at{s, p, *dynamic_smem<Memory<Policy, kSplit>>(), p.chunk(s, index), index, group, first,
-          int(threadIdx.x % 32), warp % 4, warp >= 4, {}, {}, {}};
+  Here at{s, p, *dynamic_smem<Memory<Policy>>(), p.chunk(s, index), index, group, first,
+          int(threadIdx.x % 32), warp % 4, warp >= 4, 1.f, 1.f, 1.f, 1.f, {}, {}, {}};
   if (at.chunk.sequence < 0) return fill_nan(s, at.chunk, first, last);
   if (at.chunk.count == 0) return clear_skips(s, p, index, first, last);
   const int64_t blocks = (p.states + kWidth - 1) / kWidth;
+  at.find_units();
 #pragma unroll 1
   for (int64_t n = blocks - 1; n >= 0; --n) {
     __syncthreads();
@@ -60,7 +61,11 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
         at.stage_tokens(head, channel, n == 0);
         at.stage_state(at.m.S, p.before, head, channel, n * kWidth);
         if (n == 0) {
-          Result U[4] = {};
+          Result(&U)[4] = at.E;
+          if (!at.ends) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) U[i / 8][i / 4 % 2][i % 4] = 0.f;
+          }
 #pragma unroll 1
           for (int64_t k = blocks - 1; k >= 0; --k) {
             if (blocks > 1) {
@@ -69,16 +74,16 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
             }
             at.stage_state(at.m.G, p.after, head, channel, k * kWidth);
             __syncthreads();
-            if (!at.ends) at.add_from_state(U);
+            if (!at.ends) at.add_from_state(U, at.state_unit(1, head, channel, k * kWidth));
           }
           if (at.ends) {
             at.add_E(head, channel == 0);
           } else {
             float dots[2];
-            at.row_dots(dots, U);
+            at.row_dots(dots, U, at.unit_B * at.unit_x);
             at.add_rows(dots, head, kGBx, channel == 0);
             at.add_from_tokens(U);
-            at.row_dots(dots, U);
+            at.row_dots(dots, U, at.token_unit() * at.unit_x);
             at.add_rows(dots, head, kUx, channel == 0);
             at.store_dx(U, head, channel);
             if (s.D) at.store_skip(head, channel);
@@ -87,17 +92,18 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
           at.stage_state(at.m.G, p.after, head, channel, n * kWidth);
           __syncthreads();
         }
-        if (at.ends) at.add_dC(head, n == 0 && channel == 0);
-        else at.add_dB();
+        const float unit_S = at.state_unit(0, head, channel, n * kWidth), unit_G = at.state_unit(1, head, channel, n * kWidth);
+        if (at.ends) at.add_dC(head, unit_S, unit_G, n == 0 && channel == 0);
+        else at.add_dB(unit_G);
       }
     }
     at.store_shared(block, n * kWidth);
   }
 }
 
-template <class Policy, bool kSplit> int launch_local(const Ssd& s, const Plan& p, void* stream) {
+template <class Policy> int launch_local(const Ssd& s, const Plan& p, void* stream) {
   const dim3 grid(unsigned(p.chunks * s.groups * p.head_blocks));
-  return launch<ssd_backward_kernel<Policy, kSplit>>(grid, dim3(kThreads), sizeof(Memory<Policy, kSplit>), stream, s, p);
+  return launch<ssd_backward_kernel<Policy>>(grid, dim3(kThreads), sizeof(Memory<Policy>), stream, s, p);
 }
 
 }  // namespace
@@ -115,9 +121,7 @@ int ssd_backward_cuda(const Ssd& s, void* stream) {
     if (int error = ssd::ssd_backward_states_cuda(s, stream)) return error;
   }
   if (p.chunks > 0) {
-    const int error = !p.half   ? ssd::launch_local<ssd::Full, false>(s, p, stream)
-                      : p.split ? ssd::launch_local<ssd::Half, true>(s, p, stream)
-                                : ssd::launch_local<ssd::Half, false>(s, p, stream);
+    const int error = p.half ? ssd::launch_local<ssd::Half>(s, p, stream) : ssd::launch_local<ssd::Full>(s, p, stream);
     if (error) return error;
   }
   return ssd::ssd_reduce_cuda(s, stream);

@@ -1,7 +1,8 @@
 // One chunk and the heads of a block: what its warps hold, and the products that each half of them makes.
 //
 // Warps 0 to 3 have tokens j, 16 each: U, dx, <U, x>, <x, G B> and dB. Warps 4 to 7 have tokens i: E, the gradient of the steps
-// between j and i, <dv, S C> and dC. dB, dC and E are summed over heads in registers.
+// between j and i, <dv, S C> and dC. dB, dC and E are summed over heads in registers. What is in float16 is in units of its own,
+// all 1 for Full.
 #pragma once
 #include "ssd/backward.cuh"
 #include "ssd/operands.cuh"
@@ -13,33 +14,35 @@ constexpr int kRow = kBlockWidth + 8;   // padded against bank conflicts
 template <class Policy> constexpr int kColumns = sizeof(typename Policy::T) == 2 ? 128 : 32;   // of a state, at a time
 template <class Policy> constexpr int kState = kColumns<Policy> + 8;
 
-template <class Policy, bool kSplit> struct Memory {
+template <class Policy> struct Memory {
   using T = typename Policy::T;
   T B[kChunk][kState<Policy>], C[kChunk][kState<Policy>];
   union {
     struct { T S[kBlockWidth][kState<Policy>], G[kBlockWidth][kState<Policy>]; };
     float E[kChunk][kChunk + 4];
   };
-  T x[kChunk][kRow];
-  T dv[1 + kSplit][kChunk][kRow];       // and what rounding left of it
+  T x[kChunk][kRow], dv[kChunk][kRow];
   float steps[kSteps * kChunk];
+  float most[2][kThreads / 32];         // the largest numbers of B and C, of each warp
 };
 
-template <class Policy, bool kSplit> struct Local {
+template <class Policy> struct Local {
   using T = typename Policy::T;
   using A = typename Policy::A;
+  using Exact = typename Policy::Exact;
   static constexpr int kTiles = kColumns<Policy> / 16;
 
   const Ssd& s;
   const Plan& p;
-  Memory<Policy, kSplit>& m;
+  Memory<Policy>& m;
   Chunk chunk;
   int64_t index, group, first_head;     // of the chunk
   int lane, tile;                       // tile: of 16 tokens
   bool ends;                            // this warp has tokens i
-  Result scores[4];                     // <C[i], B[j]>, rows of this warp's tokens
+  float unit_B, unit_C, unit_x, unit_dv;
+  Result scores[4];                     // <C[i], B[j]> in units of both, rows of this warp's tokens
   Result sum[kTiles];                   // dB or dC
-  Result E[4];                          // columns j
+  Result E[4];                          // columns j; the other warps keep U there
 
   __device__ __forceinline__ int row(int r) const { return 16 * tile + lane / 4 + r / 2 * 8; }
   __device__ __forceinline__ int column(int n, int i) const { return 16 * n + i / 4 * 8 + lane % 4 * 2 + i % 2; }
@@ -51,8 +54,12 @@ template <class Policy, bool kSplit> struct Local {
   __device__ __forceinline__ float to_end(int t) const { return between(kChunk - 1, t); }
   __device__ __forceinline__ float from_begin(int t) const { return decay(step(kHigh, t), step(kLow, t)); }
 
-  template <class Row> static __device__ __forceinline__ Matrix<T> matrix(Row* rows, int stride, int row, int column) {
-    return {&rows[row][column], stride};
+  using Tile = Matrix<const T>;
+  static constexpr float kLess = Policy::kScaled ? 0x1p-21f : 1.f;   // of scores, for float16
+  __device__ __forceinline__ float scale(float unit) const { return Policy::kScaled ? inverse(unit) : 1.f; }
+  __device__ __forceinline__ float state_unit(int which, int64_t head, int64_t channel, int64_t n) const {
+    if constexpr (!Policy::kScaled) return 1.f;
+    return p.units_of(s, index, head, channel)[2 + which * p.column_blocks() + n / kStateColumns];
   }
   // The sum of a row over its four lanes, to the head's row `part`.
   __device__ __forceinline__ void add_rows(const float (&x)[2], int64_t head, int part, bool first) const {
@@ -68,13 +75,42 @@ template <class Policy, bool kSplit> struct Local {
 
   // ---- what is brought in ----
 
+  __device__ __forceinline__ int64_t at_shared(const View& x) const {
+    return chunk.row * x.stride[0] + chunk.begin * x.stride[1] + group * x.stride[2];
+  }
+  __device__ __forceinline__ void find_units() {
+    unit_B = unit_C = unit_x = unit_dv = 1.f;
+    if constexpr (Policy::kScaled) {
+      const int warp = threadIdx.x / 32;
+      const auto largest = [&](const View& x, bool wide) {
+        const int eights = int(p.states / 8);
+        float most = 0.f;
+        for (int i = threadIdx.x; i < chunk.count * eights; i += kThreads) {
+          const int n = i % eights * 8;
+          const Vec<8> v = load_vec<8>(x, at_shared(x) + i / eights * x.stride[1] + n, wide, s.states - n);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) most = fmaxf(most, fabsf(v[k]));
+        }
+        for (int d = 1; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+        return most;
+      };
+      const float B = largest(s.B, p.wide_B), C = largest(s.C, p.wide_C);
+      if (lane == 0) m.most[0][warp] = B, m.most[1][warp] = C;
+      __syncthreads();
+      unit_B = common_unit(m.most[0]), unit_C = common_unit(m.most[1]);
+    }
+  }
+  static __device__ __forceinline__ float common_unit(const float (&most)[kThreads / 32]) {
+    float x = 0.f;
+    for (int i = 0; i < kThreads / 32; ++i) x = fmaxf(x, most[i]);
+    return unit_of(x);
+  }
   __device__ __forceinline__ void stage_shared(int64_t n, bool B, bool C) {
-    const auto one = [&](T* to, const View& x, bool wide) {
-      const int64_t at = chunk.row * x.stride[0] + chunk.begin * x.stride[1] + group * x.stride[2] + n;
-      stage<kColumns<Policy>>(to, kState<Policy>, x, at, x.stride[1], chunk.count, s.states - n, wide);
+    const auto one = [&](T* to, const View& x, bool wide, float unit) {
+      stage<kColumns<Policy>>(to, kState<Policy>, x, at_shared(x) + n, x.stride[1], chunk.count, s.states - n, wide, scale(unit));
     };
-    if (B) one(&m.B[0][0], s.B, p.wide_B);
-    if (C) one(&m.C[0][0], s.C, p.wide_C);
+    if (B) one(&m.B[0][0], s.B, p.wide_B, unit_B);
+    if (C) one(&m.C[0][0], s.C, p.wide_C, unit_C);
   }
   __device__ __forceinline__ void stage_state(T (*to)[kState<Policy>], float* all, int64_t head, int64_t channel, int64_t n) {
     const T* const from = p.template state_of<T>(all, s, index, head) + channel * p.states + n;
@@ -88,8 +124,12 @@ template <class Policy, bool kSplit> struct Local {
     }
   }
   __device__ __forceinline__ void stage_tokens(int64_t head, int64_t channel, bool first) {
-    stage<kBlockWidth>(&m.x[0][0], kRow, s.x, chunk.row * s.x.stride[0] + chunk.begin * s.x.stride[1] + head * s.x.stride[2] + channel,
-                       s.x.stride[1], chunk.count, s.width - channel, p.wide_x);
+    if constexpr (Policy::kScaled) {
+      const float* const units = p.units_of(s, index, head, channel);
+      unit_x = units[0], unit_dv = units[1];
+    }
+    const int64_t at = chunk.row * s.x.stride[0] + chunk.begin * s.x.stride[1] + head * s.x.stride[2] + channel;
+    stage<kBlockWidth>(&m.x[0][0], kRow, s.x, at, s.x.stride[1], chunk.count, s.width - channel, p.wide_x, scale(unit_x));
     constexpr int kEights = kBlockWidth / 8;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kChunk * kEights; i += kThreads) {
@@ -99,16 +139,9 @@ template <class Policy, bool kSplit> struct Local {
         v = first ? gated<true>(s, p, chunk.row, chunk.begin + t, head, channel + column)
                   : gated<false>(s, p, chunk.row, chunk.begin + t, head, channel + column);
       }
-      store_vec<8>(&m.dv[0][t][column], v);
-      if constexpr (kSplit) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          T rounded;
-          store(&rounded, v[k]);
-          v[k] -= load(&rounded);
-        }
-        store_vec<8>(&m.dv[1][t][column], v);
-      }
+      for (int k = 0; k < 8; ++k) v[k] *= scale(unit_dv);
+      store_vec<8>(&m.dv[t][column], v);
     }
     const float* const steps = p.steps_of(s, index, head);
     for (int i = threadIdx.x; i < kSteps * kChunk; i += kThreads) m.steps[i] = steps[i];
@@ -121,27 +154,32 @@ template <class Policy, bool kSplit> struct Local {
     const auto* const other = ends ? m.B : m.C;
 #pragma unroll 1
     for (int k = 0; k < kColumns<Policy>; k += 16) {
-      const A a = Policy::template load_a<false>({const_cast<T*>(&mine[16 * tile][k]), kState<Policy>}, lane);
+      const A a = Policy::template load_a<false>(Tile{&mine[16 * tile][k], kState<Policy>}, lane);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        Policy::multiply(scores[n], a,
-                         Policy::template load_b<true>({const_cast<T*>(&other[16 * n][k]), kState<Policy>}, lane));
+        Policy::multiply(scores[n], a, Policy::template load_b<true>(Tile{&other[16 * n][k], kState<Policy>}, lane));
       }
     }
   }
 
-  // U += B G^T
-  __device__ __forceinline__ void add_from_state(Result (&U)[4]) const {
-#pragma unroll 1
+  // U += B G^T, in units of B.
+  __device__ __forceinline__ void add_from_state(Result (&U)[4], float unit_G) const {
+    Result sum[4] = {};
+#pragma unroll 2
     for (int k = 0; k < kColumns<Policy>; k += 16) {
-      const A a = Policy::template load_a<false>({&m.B[16 * tile][k], kState<Policy>}, lane);
+      const A a = Policy::template load_a<false>(Tile{&m.B[16 * tile][k], kState<Policy>}, lane);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        Policy::multiply(U[n], a, Policy::template load_b<true>({&m.G[16 * n][k], kState<Policy>}, lane));
+        Policy::multiply(sum[n], a, Policy::template load_b<true>(Tile{&m.G[16 * n][k], kState<Policy>}, lane));
       }
     }
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) U[n][i / 4][i % 4] = fmaf(unit_G, sum[n][i / 4][i % 4], U[n][i / 4][i % 4]);
   }
-  __device__ __forceinline__ void row_dots(float (&dots)[2], const Result (&U)[4]) const {
+  // <U, x> of each row, times `unit`.
+  __device__ __forceinline__ void row_dots(float (&dots)[2], const Result (&U)[4], float unit) const {
     dots[0] = dots[1] = 0.f;
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -150,10 +188,12 @@ template <class Policy, bool kSplit> struct Local {
         const float2 x = Policy::pair(&m.x[row(r)][column(n / 2, n % 2 * 4)]);
         dots[r / 2] = fmaf(U[n / 2][n % 2][r], x.x, fmaf(U[n / 2][n % 2][r + 1], x.y, dots[r / 2]));
       }
+    dots[0] *= unit, dots[1] *= unit;
   }
-  // U = exp(L[Q] - L) U + sum over i of <C[i], B> exp(L[i] - L) dv[i]
+  // U = exp(L[Q] - L) U + sum over i of <C[i], B> exp(L[i] - L) dv[i], in units of token_unit().
+  __device__ __forceinline__ float token_unit() const { return unit_B * unit_C / kLess * unit_dv; }
   __device__ __forceinline__ void add_from_tokens(Result (&U)[4]) const {
-    const float end[2] = {to_end(row(0)), to_end(row(2))};
+    const float unit = kLess * scale(unit_C) * scale(unit_dv), end[2] = {unit * to_end(row(0)), unit * to_end(row(2))};
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -165,26 +205,14 @@ template <class Policy, bool kSplit> struct Local {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int from = row(i % 4), to = column(it, i);
-        M[i / 4][i % 4] = from <= to ? scores[it][i / 4][i % 4] * between(to, from) : 0.f;
+        M[i / 4][i % 4] = from <= to ? kLess * scores[it][i / 4][i % 4] * between(to, from) : 0.f;
       }
-      const typename Policy::Split a = Policy::split(M);
+      const typename Policy::Computed a = Policy::computed(M);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        Policy::multiply(U[n], a, Policy::template load_b<false>({const_cast<T*>(&m.dv[0][16 * it][16 * n]), kRow}, lane));
-        if constexpr (kSplit) {
-          Policy::multiply(U[n], a.hi,
-                           Policy::template load_b<false>({const_cast<T*>(&m.dv[1][16 * it][16 * n]), kRow}, lane));
-        }
+        Policy::multiply(U[n], a, Policy::template load_b<false>(Tile{&m.dv[16 * it][16 * n], kRow}, lane));
       }
     }
-  }
-  __device__ __forceinline__ float2 dv_pair(int t, int channel) const {
-    float2 v = Policy::pair(&m.dv[0][t][channel]);
-    if constexpr (kSplit) {
-      const float2 rest = Policy::pair(&m.dv[1][t][channel]);
-      v.x += rest.x, v.y += rest.y;
-    }
-    return v;
   }
   // dx = delta U + D dv
   __device__ __forceinline__ void store_dx(const Result (&U)[4], int64_t head, int64_t channel) const {
@@ -192,17 +220,17 @@ template <class Policy, bool kSplit> struct Local {
     const bool each = s.D_width > 1;
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {
-      const float delta = step(kDelta, row(r));
+      const float delta = step(kDelta, row(r)) * token_unit();
       const int64_t at = chunk.row * s.dx.stride[0] + (chunk.begin + row(r)) * s.dx.stride[1] + head * s.dx.stride[2];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const int c = column(n / 2, n % 2 * 4);
         const int64_t left = s.width - channel - c;
-        const float2 dv = dv_pair(row(r), c);
+        const float2 dv = Policy::pair(&m.dv[row(r)][c]);
         Vec<2> dx = {{delta * U[n / 2][n % 2][r], delta * U[n / 2][n % 2][r + 1]}};
         if (D) {
-          dx[0] = fmaf(left > 0 ? D[each ? channel + c : 0] : 0.f, dv.x, dx[0]);
-          dx[1] = fmaf(left > 1 ? D[each ? channel + c + 1 : 0] : 0.f, dv.y, dx[1]);
+          dx[0] = fmaf(left > 0 ? D[each ? channel + c : 0] * unit_dv : 0.f, dv.x, dx[0]);
+          dx[1] = fmaf(left > 1 ? D[each ? channel + c + 1 : 0] * unit_dv : 0.f, dv.y, dx[1]);
         }
         if (row(r) < chunk.count) store_vec<2>(s.dx, at + channel + c, dx, p.wide_dx, left);
       }
@@ -218,9 +246,10 @@ template <class Policy, bool kSplit> struct Local {
       float both[2] = {0.f, 0.f};
 #pragma unroll
       for (int r = 0; r < 4; r += 2) {
-        const float2 x = Policy::pair(&m.x[row(r)][c]), dv = dv_pair(row(r), c);
+        const float2 x = Policy::pair(&m.x[row(r)][c]), dv = Policy::pair(&m.dv[row(r)][c]);
         both[0] = fmaf(x.x, dv.x, both[0]), both[1] = fmaf(x.y, dv.y, both[1]);
       }
+      both[0] *= unit_x * unit_dv, both[1] *= unit_x * unit_dv;
       if (s.D_width > 1) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -236,13 +265,15 @@ template <class Policy, bool kSplit> struct Local {
     if (lane == 0) add(to, all, channel == 0);
   }
 
+  __device__ __forceinline__ void load_rows(A (&a)[4], const T (&from)[kChunk][kRow]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) a[k] = Policy::template load_a<false>(Tile{&from[16 * tile][16 * k], kRow}, lane);
+  }
+
   // E of this head, and of what its products with the scores have between j and i.
   __device__ __forceinline__ void add_E(int64_t head, bool first) {
-    A dv[1 + kSplit][4];
-#pragma unroll
-    for (int i = 0; i <= kSplit; ++i)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) dv[i][k] = Policy::template load_a<false>({&m.dv[i][16 * tile][16 * k], kRow}, lane);
+    A dv[4];
+    load_rows(dv, m.dv);
     float* const to = p.parts_of(s, index, head) + (kBetween + tile) * kChunk;
     float ahead[2] = {0.f, 0.f};   // of each row, the sum over all tiles before
 #pragma unroll
@@ -252,22 +283,20 @@ template <class Policy, bool kSplit> struct Local {
         Result e = {}, W, between_j;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const typename Policy::B x = Policy::template load_b<true>({&m.x[16 * jt][16 * k], kRow}, lane);
-#pragma unroll
-          for (int i = kSplit; i >= 0; --i) Policy::multiply(e, dv[i][k], x);
+          Policy::multiply(e, dv[k], Policy::template load_b<true>(Tile{&m.x[16 * jt][16 * k], kRow}, lane));
         }
         float rows[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int from = column(jt, i), end = row(i % 4);
           float& x = e[i / 4][i % 4];
-          x = from <= end ? x * between(end, from) * step(kDelta, from) : 0.f;
+          x = from <= end ? x * between(end, from) * (unit_x * unit_dv * step(kDelta, from)) : 0.f;
           E[jt][i / 4][i % 4] += x;
           W[i / 4][i % 4] = from <= end ? x * scores[jt][i / 4][i % 4] : 0.f;
           rows[i % 4 / 2] += W[i / 4][i % 4];
           between_j[i / 4][i % 4] = ahead[i % 4 / 2];
         }
-        Policy::multiply(between_j, Policy::split(W), Policy::ones_above(lane));
+        Exact::multiply(between_j, Exact::computed(W), Exact::ones_above(lane));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           if (column(jt, i) <= row(i % 4)) sums[i / 4 * 2 + i % 2] += between_j[i / 4][i % 4];
@@ -284,45 +313,40 @@ template <class Policy, bool kSplit> struct Local {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, sums[i], first);
+        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, unit_B * unit_C * sums[i], first);
       }
     }
   }
 
   // dB += exp(L[Q] - L) delta G^T x
-  __device__ __forceinline__ void add_dB() {
+  __device__ __forceinline__ void add_dB(float unit_G) {
+    const float unit = unit_x * unit_G;
     A x[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) x[k] = Policy::template load_a<false>({&m.x[16 * tile][16 * k], kRow}, lane);
-    const float weight[2] = {to_end(row(0)) * step(kDelta, row(0)), to_end(row(2)) * step(kDelta, row(2))};
+    load_rows(x, m.x);
+    const float weight[2] = {unit * to_end(row(0)) * step(kDelta, row(0)), unit * to_end(row(2)) * step(kDelta, row(2))};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       Result d = {};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        Policy::multiply(d, x[k], Policy::template load_b<false>({&m.G[16 * k][16 * n], kState<Policy>}, lane));
+        Policy::multiply(d, x[k], Policy::template load_b<false>(Tile{&m.G[16 * k][16 * n], kState<Policy>}, lane));
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[n][i / 4][i % 4] = fmaf(weight[i % 4 / 2], d[i / 4][i % 4], sum[n][i / 4][i % 4]);
     }
   }
   // dC += exp(L) S^T dv, and <dv, S C>, <G, S>.
-  __device__ __forceinline__ void add_dC(int64_t head, bool first) {
-    A dv[1 + kSplit][4];
-#pragma unroll
-    for (int i = 0; i <= kSplit; ++i)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) dv[i][k] = Policy::template load_a<false>({&m.dv[i][16 * tile][16 * k], kRow}, lane);
-    const float weight[2] = {from_begin(row(0)), from_begin(row(2))};
+  __device__ __forceinline__ void add_dC(int64_t head, float unit_S, float unit_G, bool first) {
+    A dv[4];
+    load_rows(dv, m.dv);
+    const float unit = unit_dv * unit_S, weight[2] = {unit * from_begin(row(0)), unit * from_begin(row(2))};
     float dots[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       Result d = {};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const typename Policy::B S = Policy::template load_b<false>({&m.S[16 * k][16 * n], kState<Policy>}, lane);
-#pragma unroll
-        for (int i = kSplit; i >= 0; --i) Policy::multiply(d, dv[i][k], S);
+        Policy::multiply(d, dv[k], Policy::template load_b<false>(Tile{&m.S[16 * k][16 * n], kState<Policy>}, lane));
       }
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
@@ -333,6 +357,7 @@ template <class Policy, bool kSplit> struct Local {
         sum[n][i / 4][i % 4 + 1] = fmaf(weight[i % 4 / 2], b, sum[n][i / 4][i % 4 + 1]);
       }
     }
+    dots[0] *= unit * unit_C, dots[1] *= unit * unit_C;
     add_rows(dots, head, kSCv, first);
     float inner = 0.f;
     constexpr int kEights = kColumns<Policy> / 8;
@@ -344,12 +369,17 @@ template <class Policy, bool kSplit> struct Local {
       for (int k = 0; k < 8; ++k) inner = fmaf(S[k], G[k], inner);
     }
     for (int d = 1; d < 32; d *= 2) inner += __shfl_xor_sync(~0u, inner, d);
-    if (lane == 0) add(p.inner + (index * s.heads + head) * 4 + tile, inner, first);
+    if (lane == 0) add(p.inner + (index * s.heads + head) * 4 + tile, unit_S * unit_G * inner, first);
   }
 
   // dB += E^T C or dC += E B, over all heads; then the slabs.
   __device__ __forceinline__ void store_shared(int64_t block, int64_t n) {
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) most = fmaxf(most, ends ? fabsf(E[i / 8][i / 4 % 2][i % 4]) : 0.f);
+    for (int d = 1; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
     __syncthreads();   // S and G have been read
+    if (lane == 0) m.most[0][threadIdx.x / 32] = most;
     if (ends) {
 #pragma unroll
       for (int jt = 0; jt < 4; ++jt)
@@ -359,15 +389,20 @@ template <class Policy, bool kSplit> struct Local {
         }
     }
     __syncthreads();
-#pragma unroll 1
-    for (int k = ends ? 0 : tile; k < (ends ? tile + 1 : 4); ++k) {
-      const typename Policy::Split a = ends ? Policy::template load_split<false>({&m.E[16 * tile][16 * k], kChunk + 4}, lane)
-                                            : Policy::template load_split<true>({&m.E[16 * k][16 * tile], kChunk + 4}, lane);
-      auto* const from = ends ? m.B : m.C;
+    const float unit_E = Policy::kScaled ? common_unit(m.most[0]) : 1.f, unit = unit_E * (ends ? unit_B : unit_C);
+    const auto* const from = ends ? m.B : m.C;
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        Policy::multiply(sum[i], a, Policy::template load_b<false>({&from[16 * k][16 * i], kState<Policy>}, lane));
+    for (int i = 0; i < kTiles; ++i) {
+      Result d = {};
+#pragma unroll 1
+      for (int k = ends ? 0 : tile; k < (ends ? tile + 1 : 4); ++k) {
+        const Matrix<const float> E{ends ? &m.E[16 * tile][16 * k] : &m.E[16 * k][16 * tile], kChunk + 4};
+        const A a = ends ? Policy::template load_computed<false>(E, scale(unit_E), lane)
+                         : Policy::template load_computed<true>(E, scale(unit_E), lane);
+        Policy::multiply(d, a, Policy::template load_b<false>(Tile{&from[16 * k][16 * i], kState<Policy>}, lane));
       }
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[i][k / 4][k % 4] = fmaf(unit, d[k / 4][k % 4], sum[i][k / 4][k % 4]);
     }
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {

@@ -3,25 +3,45 @@
 //   S' = exp(L[Q]) S + sum_j exp(L[Q] - L[j]) delta[j] x[j] B[j]^T        G before = exp(L[Q]) G + sum_i exp(L[i]) dv[i] C[i]^T
 //
 // A block has 64 rows and 128 columns of one state in registers, a warp 16 by 64 of them. The scaled x or dv goes in two parts
-// into products of bfloat16, so that the state stays what float32 makes it; only what is stored to be an operand is rounded.
+// into products of bfloat16, so that the state stays what float32 makes it; only what is stored to be an operand is rounded, to
+// float16 in units that are stored as well, with those of x and dv.
 #include "ssd/backward.cuh"
 #include "ssd/operands.cuh"
 
 namespace pyseq::ssd {
 namespace {
 
-constexpr int kColumns = 128;                                        // of a state, of one block
-constexpr int kRowStride = kBlockWidth + 8, kColumnStride = kColumns + 8;   // padded against bank conflicts
+constexpr int kRowStride = kBlockWidth + 8, kColumnStride = kStateColumns + 8;   // padded against bank conflicts
+constexpr int kWarps = kThreads / 32;
 
 template <class Policy> struct Memory {
-  using T = typename Policy::T;
-  T columns[kChunk][kColumnStride];      // B or C
-  T scaled[2][kChunk][kRowStride];       // x or dv, times its weight; the second what rounding left of bfloat16
+  using T = typename Policy::Exact::T;
+  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
+  T columns[kChunk][kColumnStride];       // B or C
+  T scaled[kParts][kChunk][kRowStride];   // x or dv, times its weight; what rounding left of it
+  float most_input[kWarps], most_state[kWarps];   // the largest numbers of each warp
 };
-template <> struct Memory<Full> {
-  float columns[kChunk][kColumnStride];
-  float scaled[1][kChunk][kRowStride];
+
+// The block's place: 64 rows and 128 columns of a head's state.
+struct Place {
+  int64_t head, row, column;
+  int lane, warp;
+  __device__ __forceinline__ int64_t row_of(int r) const { return row + warp % 4 * 16 + lane / 4 + r / 2 * 8; }
+  __device__ __forceinline__ int64_t column_of(int n, int half) const {
+    return column + warp / 4 * 64 + n * 16 + half * 8 + lane % 4 * 2;
+  }
 };
+
+__device__ __forceinline__ float largest(const float (&x)[kWarps]) {
+  float most = 0.f;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) most = fmaxf(most, x[i]);
+  return most;
+}
+__device__ __forceinline__ void keep_largest(float* to, float x, const Place& at) {
+  for (int d = 1; d < 32; d *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  if (at.lane == 0) to[at.warp] = x;
+}
 
 struct Walk {
   int64_t sequence, row, begin, end, first, chunks;   // tokens [begin, end) of the row; chunks from `first` on
@@ -35,26 +55,17 @@ struct Walk {
   }
 };
 
-// The block's place: 64 rows and 128 columns of a head's state.
-struct Place {
-  int64_t head, row, column;
-  int lane, warp;
-  __device__ __forceinline__ int64_t row_of(int r) const { return row + warp % 4 * 16 + lane / 4 + r / 2 * 8; }
-  __device__ __forceinline__ int64_t column_of(int n, int half) const {
-    return column + warp / 4 * 64 + n * 16 + half * 8 + lane % 4 * 2;
-  }
-};
-
 template <class Policy, bool kReverse>
 __device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, const Plan& p, const Place& at, const Chunk& chunk,
                                             const float* steps) {
-  using T = typename Policy::T;
+  using T = typename Memory<Policy>::T;
   const View& B = kReverse ? s.C : s.B;
   const int64_t group = at.head / p.group_heads;
-  stage<kColumns>(&m.columns[0][0], kColumnStride, B,
+  stage<kStateColumns>(&m.columns[0][0], kColumnStride, B,
                   chunk.row * B.stride[0] + chunk.begin * B.stride[1] + group * B.stride[2] + at.column, B.stride[1],
-                  chunk.count, s.states - at.column, kReverse ? p.wide_C : p.wide_B);
+                  chunk.count, s.states - at.column, kReverse ? p.wide_C : p.wide_B, 1.f);
   constexpr int kEights = kBlockWidth / 8;
+  float most = 0.f;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kChunk * kEights; i += kThreads) {
     const int t = i / kEights, column = i % kEights * 8;
@@ -73,6 +84,7 @@ __device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, con
     Vec<8> rest;
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
+      most = fmaxf(most, fabsf(v[k]));
       v[k] *= weight;
       T rounded;
       store(&rounded, v[k]);
@@ -81,16 +93,18 @@ __device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, con
     store_vec<8>(&m.scaled[0][t][column], v);
     if constexpr (sizeof(T) == 2) store_vec<8>(&m.scaled[1][t][column], rest);
   }
+  if constexpr (Policy::kScaled) keep_largest(m.most_input, most, at);
 }
 
 template <class Policy, bool kReverse>
 __global__ void __launch_bounds__(kThreads) ssd_backward_states_kernel(Ssd s, Plan p) {
   using T = typename Policy::T;
+  using Exact = typename Policy::Exact;
   Memory<Policy>& m = *dynamic_smem<Memory<Policy>>();
-  const int64_t column_blocks = (p.states + kColumns - 1) / kColumns;
   int64_t block = blockIdx.x;
-  Place at{0, 0, block % column_blocks * kColumns, int(threadIdx.x % 32), int(threadIdx.x / 32)};
-  block /= column_blocks;
+  const int64_t column_block = block % p.column_blocks();
+  Place at{0, 0, column_block * kStateColumns, int(threadIdx.x % 32), int(threadIdx.x / 32)};
+  block /= p.column_blocks();
   at.row = block % p.width_blocks * kBlockWidth;
   block /= p.width_blocks;
   at.head = block % s.heads;
@@ -107,8 +121,14 @@ __global__ void __launch_bounds__(kThreads) ssd_backward_states_kernel(Ssd s, Pl
   each([&](float& x, int64_t row, int64_t n) {
     x = initial && row < s.width && n < s.states ? initial[state + row * s.states + n] : 0.f;
   });
+  const auto keep_state = [&] {
+    float most = 0.f;
+    each([&](float& x, int64_t, int64_t) { most = fmaxf(most, fabsf(x)); });
+    keep_largest(m.most_state, most, at);
+  };
   const bool invalid = p.invalid(s);
   if (!invalid) {
+    if constexpr (Policy::kScaled) keep_state();
     const Walk walk(s, p, sequence);
 #pragma unroll 1
     for (int64_t i = 0; i < walk.chunks; ++i) {
@@ -117,34 +137,44 @@ __global__ void __launch_bounds__(kThreads) ssd_backward_states_kernel(Ssd s, Pl
       const float* const steps = p.steps_of(s, walk.first + c, at.head);
       T* const to = p.state_of<T>(kReverse ? p.after : p.before, s, walk.first + c, at.head);
       stage_chunk<Policy, kReverse>(m, s, p, at, chunk, steps);
+      __syncthreads();
+      float scale = 1.f;
+      if constexpr (Policy::kScaled) {
+        const float unit = unit_of(largest(m.most_state));
+        float* const units = p.units_of(s, walk.first + c, at.head, at.row);
+        if (threadIdx.x == 0) units[2 + kReverse * p.column_blocks() + column_block] = unit;
+        if (threadIdx.x == 0 && column_block == 0) units[kReverse] = unit_of(largest(m.most_input));
+        scale = inverse(unit);
+      }
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int r = 0; r < 4; r += 2) {
           const int64_t row = at.row_of(r), column = at.column_of(n / 2, n % 2);
           const float* const x = acc[n / 2][n % 2];
-          if (row < s.width && column < p.states) Policy::store_pair(to + row * p.states + column, x[r], x[r + 1]);
+          if (row < s.width && column < p.states) {
+            Policy::store_pair(to + row * p.states + column, scale * x[r], scale * x[r + 1]);
+          }
         }
       const float passes = decay(steps[kHigh * kChunk + kChunk - 1], steps[kLow * kChunk + kChunk - 1]);
       each([&](float& x, int64_t, int64_t) { x *= passes; });
-      __syncthreads();
 #pragma unroll
       for (int k = 0; k < kChunk; k += 16) {
-        typename Policy::Split a;
-        const Matrix<T> rows{&m.scaled[0][k][at.warp % 4 * 16], kRowStride};
-        if constexpr (sizeof(T) == 2) {
-          a.hi = Policy::template load_a<true>(rows, at.lane);
-          a.lo = Policy::template load_a<true>({&m.scaled[1][k][at.warp % 4 * 16], kRowStride}, at.lane);
-        } else {
-          a = Policy::template load_a<true>(rows, at.lane);
-        }
+        using Tile = Matrix<const typename Exact::T>;
+        const auto rows = [&](int part) {
+          return Exact::template load_a<true>(Tile{&m.scaled[part][k][at.warp % 4 * 16], kRowStride}, at.lane);
+        };
+        typename Exact::Computed a;
+        if constexpr (Policy::kScaled) a = {rows(0), rows(1)};
+        else a = rows(0);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const Matrix<T> columns{&m.columns[k][at.warp / 4 * 64 + n * 16], kColumnStride};
-          Policy::multiply(acc[n], a, Policy::template load_b<false>(columns, at.lane));
+          const Tile columns{&m.columns[k][at.warp / 4 * 64 + n * 16], kColumnStride};
+          Exact::multiply(acc[n], a, Exact::template load_b<false>(columns, at.lane));
         }
       }
       __syncthreads();
+      if constexpr (Policy::kScaled) keep_state();
     }
   }
   if (!kReverse || !s.dstate) return;
@@ -154,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) ssd_backward_states_kernel(Ssd s, Pl
 }
 
 template <class Policy> int launch_both(const Ssd& s, const Plan& p, void* stream) {
-  const dim3 grid(unsigned(s.sequences * s.heads * p.width_blocks * ((p.states + kColumns - 1) / kColumns)));
+  const dim3 grid(unsigned(s.sequences * s.heads * p.width_blocks * p.column_blocks()));
   const dim3 threads(kThreads);
   constexpr size_t kBytes = sizeof(Memory<Policy>);
   if (int error = launch<ssd_backward_states_kernel<Policy, false>>(grid, threads, kBytes, stream, s, p)) return error;

@@ -1,7 +1,8 @@
 // Products of small matrices from shared memory on the tensor cores, by one warp, 16 rows by 16 columns by 16 at a time.
 //
-// An operand lies in shared memory row by row, or, `transposed`, column by column. Two kinds of operands:
-//   Half   bfloat16. A computed one may be Split in two, hi + lo, which keeps 16 bits of it: two products
+// An operand lies in shared memory row by row, or, `transposed`, column by column. Operands are
+//   Half   float16, in units that its largest number decides: unlike bfloat16 it has 11 bits for what was computed
+//   Parts  bfloat16, hi + lo, which keeps 16 bits: two products
 //   Full   float32, each number in two parts of 11 bits, of whose four products the smallest is left out
 // In fragments of Full the 8 terms of a sum come in the order 0, 2, 4, 6, 1, 3, 5, 7, so that results can be operands as they
 // are. Lane 4 g + t has of a result d[n][r] = D[g + 8 (r / 2)][8 n + 2 t + r % 2].
@@ -17,56 +18,59 @@ using Result = float[2][4];
 template <class T> struct Matrix {
   T* at;
   int stride;
-  __device__ __forceinline__ Matrix block(int row, int column) const { return {at + row * stride + column, stride}; }
 };
 
-__device__ __forceinline__ unsigned pack(float low, float high) {
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&both);
+}
+__device__ __forceinline__ unsigned pack_half(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
   return *reinterpret_cast<const unsigned*>(&both);
 }
 __device__ __forceinline__ float low_of(unsigned both) { return __uint_as_float(both << 16); }
 __device__ __forceinline__ float high_of(unsigned both) { return __uint_as_float(both & 0xffff0000u); }
 
-struct Half {
-  using T = __nv_bfloat16;
+// What the two types of 16 bits share.
+template <class Element> struct Words {
+  using T = Element;
   struct A { unsigned v[4]; };
   struct B { unsigned v[2][2]; };
-  struct Split { A hi, lo; };
 
-  template <bool transposed> static __device__ __forceinline__ A load_a(Matrix<T> m, int lane) {
+  template <bool transposed> static __device__ __forceinline__ A load_a(Matrix<const T> m, int lane) {
     A a;
     if constexpr (transposed) ldmatrix<4, true>(a.v, m.at + (lane % 8 + lane / 16 * 8) * m.stride + lane / 8 % 2 * 8);
     else ldmatrix<4>(a.v, m.at + lane % 16 * m.stride + lane / 16 * 8);
     return a;
   }
   // Transposed: its columns, the terms of a sum, lie row by row.
-  template <bool transposed> static __device__ __forceinline__ B load_b(Matrix<T> m, int lane) {
+  template <bool transposed> static __device__ __forceinline__ B load_b(Matrix<const T> m, int lane) {
     unsigned v[4];
     if constexpr (transposed) ldmatrix<4>(v, m.at + (lane % 8 + lane / 16 * 8) * m.stride + lane / 8 % 2 * 8);
-    else ldmatrix<4, true>(v, m.at + (lane % 16) * m.stride + lane / 16 * 8);
+    else ldmatrix<4, true>(v, m.at + lane % 16 * m.stride + lane / 16 * 8);
     return {{{v[0], v[1]}, {v[2], v[3]}}};
   }
-  static __device__ __forceinline__ void split(Split& s, int r, float low, float high) {
-    const unsigned hi = pack(low, high);
-    s.hi.v[r] = hi;
-    s.lo.v[r] = pack(low - low_of(hi), high - high_of(hi));
+  static __device__ __forceinline__ void multiply(Result& d, const A& a, const B& b) {
+    mma<T>(d[0], a.v, b.v[0]);
+    mma<T>(d[1], a.v, b.v[1]);
   }
-  static __device__ __forceinline__ Split split(const Result& d) {
-    Split s;
+};
+
+struct Parts : Words<__nv_bfloat16> {
+  using Words::multiply;
+  struct Computed { A hi, lo; };
+
+  static __device__ __forceinline__ Computed computed(const Result& d) {
+    Computed s;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) split(s, 2 * n + r, d[n][2 * r], d[n][2 * r + 1]);
-    return s;
-  }
-  template <bool transposed> static __device__ __forceinline__ Split load_split(Matrix<float> m, int lane) {
-    Split s;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int row = lane / 4 + r % 2 * 8, k = r / 2 * 8 + lane % 4 * 2;
-      const float* p = m.at + (transposed ? k * m.stride + row : row * m.stride + k);
-      split(s, r, p[0], p[transposed ? m.stride : 1]);
-    }
+      for (int r = 0; r < 2; ++r) {
+        const float low = d[n][2 * r], high = d[n][2 * r + 1];
+        const unsigned hi = pack_bf16(low, high);
+        s.hi.v[2 * n + r] = hi;
+        s.lo.v[2 * n + r] = pack_bf16(low - low_of(hi), high - high_of(hi));
+      }
     return s;
   }
   // Ones where row < column.
@@ -81,20 +85,35 @@ struct Half {
       }
     return b;
   }
-  static __device__ __forceinline__ void multiply(Result& d, const A& a, const B& b) {
-    mma<T>(d[0], a.v, b.v[0]);
-    mma<T>(d[1], a.v, b.v[1]);
-  }
-  static __device__ __forceinline__ void multiply(Result& d, const Split& a, const B& b) {
+  static __device__ __forceinline__ void multiply(Result& d, const Computed& a, const B& b) {
     multiply(d, a.lo, b);
     multiply(d, a.hi, b);
   }
-  static __device__ __forceinline__ float2 pair(const T* p) {
-    const unsigned both = *reinterpret_cast<const unsigned*>(p);
-    return {low_of(both), high_of(both)};
+};
+
+struct Half : Words<__half> {
+  using Exact = Parts;
+  using Computed = A;
+  static constexpr bool kScaled = true;
+
+  static __device__ __forceinline__ A computed(const Result& d) {
+    return {{pack_half(d[0][0], d[0][1]), pack_half(d[0][2], d[0][3]), pack_half(d[1][0], d[1][1]),
+             pack_half(d[1][2], d[1][3])}};
   }
+  // Of numbers in float32, times `scale`.
+  template <bool transposed> static __device__ __forceinline__ A load_computed(Matrix<const float> m, float scale, int lane) {
+    A a;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = lane / 4 + r % 2 * 8, k = r / 2 * 8 + lane % 4 * 2;
+      const float* p = m.at + (transposed ? k * m.stride + row : row * m.stride + k);
+      a.v[r] = pack_half(p[0] * scale, p[transposed ? m.stride : 1] * scale);
+    }
+    return a;
+  }
+  static __device__ __forceinline__ float2 pair(const T* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
   static __device__ __forceinline__ void store_pair(T* p, float low, float high) {
-    *reinterpret_cast<unsigned*>(p) = pack(low, high);
+    *reinterpret_cast<unsigned*>(p) = pack_half(low, high);
   }
 };
 
@@ -102,9 +121,11 @@ struct Full {
   using T = float;
   struct A { float v[2][4]; };
   struct B { float v[2][2][2]; };
-  using Split = A;
+  using Exact = Full;
+  using Computed = A;
+  static constexpr bool kScaled = false;
 
-  template <bool transposed> static __device__ __forceinline__ A load_a(Matrix<T> m, int lane) {
+  template <bool transposed> static __device__ __forceinline__ A load_a(Matrix<const T> m, int lane) {
     A a;
 #pragma unroll
     for (int k = 0; k < 2; ++k)
@@ -117,7 +138,7 @@ struct Full {
       }
     return a;
   }
-  template <bool transposed> static __device__ __forceinline__ B load_b(Matrix<T> m, int lane) {
+  template <bool transposed> static __device__ __forceinline__ B load_b(Matrix<const T> m, int lane) {
     B b;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -130,15 +151,15 @@ struct Full {
       }
     return b;
   }
-  static __device__ __forceinline__ Split split(const Result& d) {
-    Split s;
+  static __device__ __forceinline__ A computed(const Result& d) {
+    A s;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int r = 0; r < 4; ++r) s.v[n][r / 2 + r % 2 * 2] = d[n][r];
     return s;
   }
-  template <bool transposed> static __device__ __forceinline__ Split load_split(Matrix<float> m, int lane) {
+  template <bool transposed> static __device__ __forceinline__ A load_computed(Matrix<const float> m, float, int lane) {
     return load_a<transposed>(m, lane);
   }
   static __device__ __forceinline__ B ones_above(int lane) {

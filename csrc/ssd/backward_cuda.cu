@@ -6,20 +6,21 @@ namespace ssd {
 namespace {
 
 // cu_seqlens is not valid: NaN.
-__device__ void fill_nan(const Ssd& s, const Chunk& chunk, int64_t first, int64_t last) {
-  const int64_t heads = last - first, all = chunk.count * heads * s.width;
+__device__ void fill_nan(const Ssd& s, const Where& w) {
+  const int64_t heads = w.last - w.first, all = w.chunk.count * heads * s.width;
   for (int64_t i = threadIdx.x; i < all; i += kThreads) {
-    const int64_t channel = i % s.width, head = first + i / s.width % heads, t = chunk.begin + i / s.width / heads;
+    const int64_t channel = i % s.width, head = w.first + i / s.width % heads, t = w.chunk.begin + i / s.width / heads;
     for (const View* x : {&s.dx, &s.dz}) {
-      if (*x) store(*x, chunk.row * x->stride[0] + t * x->stride[1] + head * x->stride[2] + channel, __int_as_float(0x7fffffff));
+      if (*x) store(*x, w.chunk.row * x->stride[0] + t * x->stride[1] + head * x->stride[2] + channel, __int_as_float(0x7fffffff));
     }
   }
 }
 
-__device__ void clear_skips(const Ssd& s, const Plan& p, int64_t index, int64_t first, int64_t last) {
-  for (int64_t i = threadIdx.x; s.D && i < 4 * (last - first) * s.D_width; i += kThreads) {
-    const int64_t each = (last - first) * s.D_width;
-    p.skips[(4 * index + i / each) * s.heads * s.D_width + first * s.D_width + i % each] = 0.f;
+// A chunk without tokens adds nothing to dD.
+__device__ void clear_skips(const Ssd& s, const Plan& p, const Where& w) {
+  const int64_t each = s.D ? (w.last - w.first) * s.D_width : 0;
+  for (int64_t i = threadIdx.x; i < 4 * each; i += kThreads) {
+    p.skips[(4 * w.index + i / each) * s.heads * s.D_width + w.first * s.D_width + i % each] = 0.f;
   }
 }
 
@@ -27,26 +28,30 @@ template <class Policy>
 __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p) {
   using Here = Local<Policy>;
   constexpr int kWidth = kColumns<Policy>;
-  const int64_t block = blockIdx.x % p.head_blocks, group = blockIdx.x / p.head_blocks % s.groups;
-  const int64_t index = blockIdx.x / p.head_blocks / s.groups;
-  const int64_t end = (group + 1) * p.group_heads, first = group * p.group_heads + block * p.heads;
-  const int64_t last = first + p.heads < end ? first + p.heads : end;
-  const int warp = threadIdx.x / 32;
-  Here at{s, p, *dynamic_smem<Memory<Policy>>(), p.chunk(s, index), index, group, first,
-          int(threadIdx.x % 32), warp % 4, warp >= 4, 1.f, 1.f, 1.f, 1.f, {}, {}, {}};
-  if (at.chunk.sequence < 0) return fill_nan(s, at.chunk, first, last);
-  if (at.chunk.count == 0) return clear_skips(s, p, index, first, last);
-  const int64_t blocks = (p.states + kWidth - 1) / kWidth;
+  Memory<Policy>& m = *dynamic_smem<Memory<Policy>>();
+  if (threadIdx.x == 0) {
+    const int blocks = int(p.head_blocks), heads = int(p.group_heads), groups = int(s.groups);
+    const int block = blockIdx.x % blocks, group = blockIdx.x / blocks % groups, index = blockIdx.x / blocks / groups;
+    const int first = group * heads + block * int(p.heads);
+    m.where = {p.chunk(s, index), index, group, block, first, min(first + int(p.heads), (group + 1) * heads)};
+  }
+  __syncthreads();
+  if (m.where.chunk.sequence < 0) return fill_nan(s, m.where);
+  if (m.where.chunk.count == 0) return clear_skips(s, p, m.where);
+  const int warp = threadIdx.x / 32, width = int(s.width), blocks = int(p.states + kWidth - 1) / kWidth;
+  Here at{s, p, m, int(threadIdx.x % 32), warp % 4, warp >= 4, 1.f, 1.f, 1.f, 1.f, {}, {}};
   at.find_units();
 #pragma unroll 1
-  for (int64_t n = blocks - 1; n >= 0; --n) {
+  for (int n = blocks - 1; n >= 0; --n) {
     __syncthreads();
     at.stage_shared(n * kWidth, true, true);
     __syncthreads();
-    at.add_scores();
+    at.add_scores(at.E);
   }
+  at.keep_scores(at.E);
+  at.clear_E();
 #pragma unroll 1
-  for (int64_t n = 0; n < blocks; ++n) {
+  for (int n = 0; n < blocks; ++n) {
     if (n > 0) {
       __syncthreads();
       at.stage_shared(n * kWidth, true, true);
@@ -54,25 +59,22 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
       for (int i = 0; i < Here::kTiles * 8; ++i) at.sum[i / 8][i / 4 % 2][i % 4] = 0.f;
     }
 #pragma unroll 1
-    for (int64_t head = first; head < last; ++head) {
+    for (int head = m.where.first; head < m.where.last; ++head) {
 #pragma unroll 1
-      for (int64_t channel = 0; channel < s.width; channel += kBlockWidth) {
+      for (int channel = 0; channel < width; channel += kBlockWidth) {
         __syncthreads();
         at.stage_tokens(head, channel, n == 0);
-        at.stage_state(at.m.S, p.before, head, channel, n * kWidth);
+        at.stage_state(m.S, p.before, head, channel, n * kWidth);
         if (n == 0) {
           Result(&U)[4] = at.E;
-          if (!at.ends) {
-#pragma unroll
-            for (int i = 0; i < 32; ++i) U[i / 8][i / 4 % 2][i % 4] = 0.f;
-          }
+          if (!at.ends) at.clear_E();
 #pragma unroll 1
-          for (int64_t k = blocks - 1; k >= 0; --k) {
+          for (int k = blocks - 1; k >= 0; --k) {
             if (blocks > 1) {
               __syncthreads();
               at.stage_shared(k * kWidth, true, false);
             }
-            at.stage_state(at.m.G, p.after, head, channel, k * kWidth);
+            at.stage_state(m.G, p.after, head, channel, k * kWidth);
             __syncthreads();
             if (!at.ends) at.add_from_state(U, at.state_unit(1, head, channel, k * kWidth));
           }
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
             if (s.D) at.store_skip(head, channel);
           }
         } else {
-          at.stage_state(at.m.G, p.after, head, channel, n * kWidth);
+          at.stage_state(m.G, p.after, head, channel, n * kWidth);
           __syncthreads();
         }
         const float unit_S = at.state_unit(0, head, channel, n * kWidth), unit_G = at.state_unit(1, head, channel, n * kWidth);
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
         else at.add_dB(unit_G);
       }
     }
-    at.store_shared(block, n * kWidth);
+    at.store_shared(n * kWidth);
   }
 }
 

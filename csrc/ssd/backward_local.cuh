@@ -14,6 +14,12 @@ constexpr int kRow = kBlockWidth + 8;   // padded against bank conflicts
 template <class Policy> constexpr int kColumns = sizeof(typename Policy::T) == 2 ? 128 : 32;   // of a state, at a time
 template <class Policy> constexpr int kState = kColumns<Policy> + 8;
 
+// Of a block. It lies in shared memory, for registers are scarce.
+struct Where {
+  Chunk chunk;
+  int index, group, block, first, last;   // index: of the chunk; heads [first, last)
+};
+
 template <class Policy> struct Memory {
   using T = typename Policy::T;
   T B[kChunk][kState<Policy>], C[kChunk][kState<Policy>];
@@ -22,8 +28,10 @@ template <class Policy> struct Memory {
     float E[kChunk][kChunk + 4];
   };
   T x[kChunk][kRow], dv[kChunk][kRow];
+  T scores[kChunk][kRow];               // <C[i], B[j]> in row j, in units of both / kLess
   float steps[kSteps * kChunk];
   float most[2][kThreads / 32];         // the largest numbers of B and C, of each warp
+  Where where;
 };
 
 template <class Policy> struct Local {
@@ -35,12 +43,9 @@ template <class Policy> struct Local {
   const Ssd& s;
   const Plan& p;
   Memory<Policy>& m;
-  Chunk chunk;
-  int64_t index, group, first_head;     // of the chunk
   int lane, tile;                       // tile: of 16 tokens
   bool ends;                            // this warp has tokens i
   float unit_B, unit_C, unit_x, unit_dv;
-  Result scores[4];                     // <C[i], B[j]> in units of both, rows of this warp's tokens
   Result sum[kTiles];                   // dB or dC
   Result E[4];                          // columns j; the other warps keep U there
 
@@ -57,13 +62,13 @@ template <class Policy> struct Local {
   using Tile = Matrix<const T>;
   static constexpr float kLess = Policy::kScaled ? 0x1p-21f : 1.f;   // of scores, for float16
   __device__ __forceinline__ float scale(float unit) const { return Policy::kScaled ? inverse(unit) : 1.f; }
-  __device__ __forceinline__ float state_unit(int which, int64_t head, int64_t channel, int64_t n) const {
+  __device__ __forceinline__ float state_unit(int which, int head, int channel, int n) const {
     if constexpr (!Policy::kScaled) return 1.f;
-    return p.units_of(s, index, head, channel)[2 + which * p.column_blocks() + n / kStateColumns];
+    return p.units_of(s, m.where.index, head, channel)[2 + which * p.column_blocks() + n / kStateColumns];
   }
   // The sum of a row over its four lanes, to the head's row `part`.
-  __device__ __forceinline__ void add_rows(const float (&x)[2], int64_t head, int part, bool first) const {
-    float* const to = p.parts_of(s, index, head) + part * kChunk;
+  __device__ __forceinline__ void add_rows(const float (&x)[2], int head, int part, bool first) const {
+    float* const to = p.parts_of(s, m.where.index, head) + part * kChunk;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float v = x[i] + __shfl_xor_sync(~0u, x[i], 1);
@@ -76,7 +81,7 @@ template <class Policy> struct Local {
   // ---- what is brought in ----
 
   __device__ __forceinline__ int64_t at_shared(const View& x) const {
-    return chunk.row * x.stride[0] + chunk.begin * x.stride[1] + group * x.stride[2];
+    return m.where.chunk.row * x.stride[0] + m.where.chunk.begin * x.stride[1] + m.where.group * x.stride[2];
   }
   __device__ __forceinline__ void find_units() {
     unit_B = unit_C = unit_x = unit_dv = 1.f;
@@ -85,7 +90,7 @@ template <class Policy> struct Local {
       const auto largest = [&](const View& x, bool wide) {
         const int eights = int(p.states / 8);
         float most = 0.f;
-        for (int i = threadIdx.x; i < chunk.count * eights; i += kThreads) {
+        for (int i = threadIdx.x; i < m.where.chunk.count * eights; i += kThreads) {
           const int n = i % eights * 8;
           const Vec<8> v = load_vec<8>(x, at_shared(x) + i / eights * x.stride[1] + n, wide, s.states - n);
 #pragma unroll
@@ -105,15 +110,15 @@ template <class Policy> struct Local {
     for (int i = 0; i < kThreads / 32; ++i) x = fmaxf(x, most[i]);
     return unit_of(x);
   }
-  __device__ __forceinline__ void stage_shared(int64_t n, bool B, bool C) {
+  __device__ __forceinline__ void stage_shared(int n, bool B, bool C) {
     const auto one = [&](T* to, const View& x, bool wide, float unit) {
-      stage<kColumns<Policy>>(to, kState<Policy>, x, at_shared(x) + n, x.stride[1], chunk.count, s.states - n, wide, scale(unit));
+      stage<kColumns<Policy>>(to, kState<Policy>, x, at_shared(x) + n, x.stride[1], m.where.chunk.count, s.states - n, wide, scale(unit));
     };
     if (B) one(&m.B[0][0], s.B, p.wide_B, unit_B);
     if (C) one(&m.C[0][0], s.C, p.wide_C, unit_C);
   }
-  __device__ __forceinline__ void stage_state(T (*to)[kState<Policy>], float* all, int64_t head, int64_t channel, int64_t n) {
-    const T* const from = p.template state_of<T>(all, s, index, head) + channel * p.states + n;
+  __device__ __forceinline__ void stage_state(T (*to)[kState<Policy>], float* all, int head, int channel, int n) {
+    const T* const from = p.template state_of<T>(all, s, m.where.index, head) + channel * p.states + n;
     constexpr int kEights = kColumns<Policy> / 8;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kBlockWidth * kEights; i += kThreads) {
@@ -123,42 +128,52 @@ template <class Policy> struct Local {
       store_vec<8>(&to[row][column], v);
     }
   }
-  __device__ __forceinline__ void stage_tokens(int64_t head, int64_t channel, bool first) {
+  __device__ __forceinline__ void stage_tokens(int head, int channel, bool first) {
     if constexpr (Policy::kScaled) {
-      const float* const units = p.units_of(s, index, head, channel);
+      const float* const units = p.units_of(s, m.where.index, head, channel);
       unit_x = units[0], unit_dv = units[1];
     }
-    const int64_t at = chunk.row * s.x.stride[0] + chunk.begin * s.x.stride[1] + head * s.x.stride[2] + channel;
-    stage<kBlockWidth>(&m.x[0][0], kRow, s.x, at, s.x.stride[1], chunk.count, s.width - channel, p.wide_x, scale(unit_x));
+    const int64_t at = m.where.chunk.row * s.x.stride[0] + m.where.chunk.begin * s.x.stride[1] + head * s.x.stride[2] + channel;
+    stage<kBlockWidth>(&m.x[0][0], kRow, s.x, at, s.x.stride[1], m.where.chunk.count, s.width - channel, p.wide_x, scale(unit_x));
     constexpr int kEights = kBlockWidth / 8;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kChunk * kEights; i += kThreads) {
       const int t = i / kEights, column = i % kEights * 8;
       Vec<8> v{};
-      if (t < chunk.count) {
-        v = first ? gated<true>(s, p, chunk.row, chunk.begin + t, head, channel + column)
-                  : gated<false>(s, p, chunk.row, chunk.begin + t, head, channel + column);
+      if (t < m.where.chunk.count) {
+        v = first ? gated<true>(s, p, m.where.chunk.row, m.where.chunk.begin + t, head, channel + column)
+                  : gated<false>(s, p, m.where.chunk.row, m.where.chunk.begin + t, head, channel + column);
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k) v[k] *= scale(unit_dv);
       store_vec<8>(&m.dv[t][column], v);
     }
-    const float* const steps = p.steps_of(s, index, head);
+    const float* const steps = p.steps_of(s, m.where.index, head);
     for (int i = threadIdx.x; i < kSteps * kChunk; i += kThreads) m.steps[i] = steps[i];
   }
 
   // ---- products ----
 
-  __device__ __forceinline__ void add_scores() {
-    const auto* const mine = ends ? m.C : m.B;
-    const auto* const other = ends ? m.B : m.C;
+  __device__ __forceinline__ void clear_E() {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) E[i / 8][i / 4 % 2][i % 4] = 0.f;
+  }
+  // One half of the warps has i < 32, the other the rest.
+  __device__ __forceinline__ void add_scores(Result (&scores)[4]) const {
 #pragma unroll 1
     for (int k = 0; k < kColumns<Policy>; k += 16) {
-      const A a = Policy::template load_a<false>(Tile{&mine[16 * tile][k], kState<Policy>}, lane);
+      const A a = Policy::template load_a<false>(Tile{&m.B[16 * tile][k], kState<Policy>}, lane);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        Policy::multiply(scores[n], a, Policy::template load_b<true>(Tile{&other[16 * n][k], kState<Policy>}, lane));
+      for (int n = 0; n < 2; ++n) {
+        Policy::multiply(scores[n], a, Policy::template load_b<true>(Tile{&m.C[32 * ends + 16 * n][k], kState<Policy>}, lane));
       }
+    }
+  }
+  __device__ __forceinline__ void keep_scores(const Result (&scores)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      const float* const x = &scores[i / 8][i / 4 % 2][i % 4];
+      Policy::store_pair(&m.scores[row(i % 4)][32 * ends + column(i / 8, i % 8)], kLess * x[0], kLess * x[1]);
     }
   }
 
@@ -201,11 +216,13 @@ template <class Policy> struct Local {
 #pragma unroll
     for (int it = 0; it < 4; ++it) {
       if (it < tile) continue;
+      __syncwarp();   // or operands of several tiles are brought in before the first is used
       Result M;
+      Policy::template load_result<false>(M, Tile{&m.scores[16 * tile][16 * it], kRow}, lane);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int from = row(i % 4), to = column(it, i);
-        M[i / 4][i % 4] = from <= to ? kLess * scores[it][i / 4][i % 4] * between(to, from) : 0.f;
+        M[i / 4][i % 4] = from <= to ? M[i / 4][i % 4] * between(to, from) : 0.f;
       }
       const typename Policy::Computed a = Policy::computed(M);
 #pragma unroll
@@ -215,30 +232,30 @@ template <class Policy> struct Local {
     }
   }
   // dx = delta U + D dv
-  __device__ __forceinline__ void store_dx(const Result (&U)[4], int64_t head, int64_t channel) const {
+  __device__ __forceinline__ void store_dx(const Result (&U)[4], int head, int channel) const {
     const float* const D = s.D ? s.D + head * s.D_width : nullptr;
     const bool each = s.D_width > 1;
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {
       const float delta = step(kDelta, row(r)) * token_unit();
-      const int64_t at = chunk.row * s.dx.stride[0] + (chunk.begin + row(r)) * s.dx.stride[1] + head * s.dx.stride[2];
+      const int64_t at = m.where.chunk.row * s.dx.stride[0] + (m.where.chunk.begin + row(r)) * s.dx.stride[1] + head * s.dx.stride[2];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const int c = column(n / 2, n % 2 * 4);
-        const int64_t left = s.width - channel - c;
+        const int left = int(s.width) - channel - c;
         const float2 dv = Policy::pair(&m.dv[row(r)][c]);
         Vec<2> dx = {{delta * U[n / 2][n % 2][r], delta * U[n / 2][n % 2][r + 1]}};
         if (D) {
           dx[0] = fmaf(left > 0 ? D[each ? channel + c : 0] * unit_dv : 0.f, dv.x, dx[0]);
           dx[1] = fmaf(left > 1 ? D[each ? channel + c + 1 : 0] * unit_dv : 0.f, dv.y, dx[1]);
         }
-        if (row(r) < chunk.count) store_vec<2>(s.dx, at + channel + c, dx, p.wide_dx, left);
+        if (row(r) < m.where.chunk.count) store_vec<2>(s.dx, at + channel + c, dx, p.wide_dx, left);
       }
     }
   }
   // dD of this warp's tokens.
-  __device__ __forceinline__ void store_skip(int64_t head, int64_t channel) const {
-    float* const to = p.skips + ((4 * index + tile) * s.heads + head) * s.D_width;
+  __device__ __forceinline__ void store_skip(int head, int channel) const {
+    float* const to = p.skips + ((4 * m.where.index + tile) * s.heads + head) * s.D_width;
     float all = 0.f;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -265,34 +282,50 @@ template <class Policy> struct Local {
     if (lane == 0) add(to, all, channel == 0);
   }
 
-  __device__ __forceinline__ void load_rows(A (&a)[4], const T (&from)[kChunk][kRow]) const {
+  // The rows of this warp's tokens. Full has too many registers of them to keep.
+  struct Rows {
+    A a[Policy::kScaled ? 4 : 1];
+    const Local& at;
+    const T (&from)[kChunk][kRow];
+    __device__ __forceinline__ Rows(const Local& at, const T (&from)[kChunk][kRow]) : at(at), from(from) {
+      if constexpr (Policy::kScaled) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) a[k] = Policy::template load_a<false>(Tile{&from[16 * tile][16 * k], kRow}, lane);
-  }
+        for (int k = 0; k < 4; ++k) a[k] = load(k);
+      }
+    }
+    __device__ __forceinline__ A load(int k) const {
+      return Policy::template load_a<false>(Tile{&from[16 * at.tile][16 * k], kRow}, at.lane);
+    }
+    __device__ __forceinline__ A operator[](int k) const {
+      if constexpr (Policy::kScaled) return a[k];
+      else return load(k);
+    }
+  };
 
   // E of this head, and of what its products with the scores have between j and i.
-  __device__ __forceinline__ void add_E(int64_t head, bool first) {
-    A dv[4];
-    load_rows(dv, m.dv);
-    float* const to = p.parts_of(s, index, head) + (kBetween + tile) * kChunk;
+  __device__ __forceinline__ void add_E(int head, bool first) {
+    const Rows dv(*this, m.dv);
+    float* const to = p.parts_of(s, m.where.index, head) + (kBetween + tile) * kChunk;
     float ahead[2] = {0.f, 0.f};   // of each row, the sum over all tiles before
 #pragma unroll
     for (int jt = 0; jt < 4; ++jt) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
       if (jt <= tile) {
+        __syncwarp();
         Result e = {}, W, between_j;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           Policy::multiply(e, dv[k], Policy::template load_b<true>(Tile{&m.x[16 * jt][16 * k], kRow}, lane));
         }
         float rows[2] = {0.f, 0.f};
+        Policy::template load_result<true>(W, Tile{&m.scores[16 * jt][16 * tile], kRow}, lane);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int from = column(jt, i), end = row(i % 4);
           float& x = e[i / 4][i % 4];
           x = from <= end ? x * between(end, from) * (unit_x * unit_dv * step(kDelta, from)) : 0.f;
           E[jt][i / 4][i % 4] += x;
-          W[i / 4][i % 4] = from <= end ? x * scores[jt][i / 4][i % 4] : 0.f;
+          W[i / 4][i % 4] = from <= end ? x * W[i / 4][i % 4] : 0.f;
           rows[i % 4 / 2] += W[i / 4][i % 4];
           between_j[i / 4][i % 4] = ahead[i % 4 / 2];
         }
@@ -313,7 +346,7 @@ template <class Policy> struct Local {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, unit_B * unit_C * sums[i], first);
+        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, unit_B * unit_C / kLess * sums[i], first);
       }
     }
   }
@@ -321,11 +354,11 @@ template <class Policy> struct Local {
   // dB += exp(L[Q] - L) delta G^T x
   __device__ __forceinline__ void add_dB(float unit_G) {
     const float unit = unit_x * unit_G;
-    A x[4];
-    load_rows(x, m.x);
+    const Rows x(*this, m.x);
     const float weight[2] = {unit * to_end(row(0)) * step(kDelta, row(0)), unit * to_end(row(2)) * step(kDelta, row(2))};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
+      __syncwarp();
       Result d = {};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -336,13 +369,13 @@ template <class Policy> struct Local {
     }
   }
   // dC += exp(L) S^T dv, and <dv, S C>, <G, S>.
-  __device__ __forceinline__ void add_dC(int64_t head, float unit_S, float unit_G, bool first) {
-    A dv[4];
-    load_rows(dv, m.dv);
+  __device__ __forceinline__ void add_dC(int head, float unit_S, float unit_G, bool first) {
+    const Rows dv(*this, m.dv);
     const float unit = unit_dv * unit_S, weight[2] = {unit * from_begin(row(0)), unit * from_begin(row(2))};
     float dots[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
+      __syncwarp();
       Result d = {};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -369,11 +402,11 @@ template <class Policy> struct Local {
       for (int k = 0; k < 8; ++k) inner = fmaf(S[k], G[k], inner);
     }
     for (int d = 1; d < 32; d *= 2) inner += __shfl_xor_sync(~0u, inner, d);
-    if (lane == 0) add(p.inner + (index * s.heads + head) * 4 + tile, unit_S * unit_G * inner, first);
+    if (lane == 0) add(p.inner + (m.where.index * s.heads + head) * 4 + tile, unit_S * unit_G * inner, first);
   }
 
   // dB += E^T C or dC += E B, over all heads; then the slabs.
-  __device__ __forceinline__ void store_shared(int64_t block, int64_t n) {
+  __device__ __forceinline__ void store_shared(int n) {
     float most = 0.f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) most = fmaxf(most, ends ? fabsf(E[i / 8][i / 4 % 2][i % 4]) : 0.f);
@@ -406,8 +439,8 @@ template <class Policy> struct Local {
     }
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {
-      if (row(r) >= chunk.count) continue;
-      float* const to = p.slab_of(s, block, chunk.row, chunk.begin + row(r), group) + (ends ? p.states : 0) + n;
+      if (row(r) >= m.where.chunk.count) continue;
+      float* const to = p.slab_of(s, m.where.block, m.where.chunk.row, m.where.chunk.begin + row(r), m.where.group) + (ends ? p.states : 0) + n;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         const int c = column(i / 2, i % 2 * 4);

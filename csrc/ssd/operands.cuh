@@ -111,6 +111,17 @@ struct Half : Words<__half> {
     }
     return a;
   }
+  // 16 by 16 numbers as a result has them.
+  template <bool transposed> static __device__ __forceinline__ void load_result(Result& d, Matrix<const T> m, int lane) {
+    unsigned v[4];
+    ldmatrix<4, transposed>(v, transposed ? m.at + (lane % 8 + lane / 16 * 8) * m.stride + lane / 8 % 2 * 8
+                                          : m.at + lane % 16 * m.stride + lane / 16 * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = __half22float2(*reinterpret_cast<const __half2*>(v + i));
+      d[i / 2][i % 2 * 2] = x.x, d[i / 2][i % 2 * 2 + 1] = x.y;
+    }
+  }
   static __device__ __forceinline__ float2 pair(const T* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
   static __device__ __forceinline__ void store_pair(T* p, float low, float high) {
     *reinterpret_cast<unsigned*>(p) = pack_half(low, high);
@@ -193,6 +204,13 @@ struct Full {
         mma<float>(d[n], hi, b_lo);
         mma<float>(d[n], hi, b_hi);
       }
+    }
+  }
+  template <bool transposed> static __device__ __forceinline__ void load_result(Result& d, Matrix<const T> m, int lane) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      d[i / 4][i % 4] = m.at[transposed ? column * m.stride + row : row * m.stride + column];
     }
   }
   static __device__ __forceinline__ float2 pair(const T* p) { return *reinterpret_cast<const float2*>(p); }

@@ -97,7 +97,7 @@ __device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, con
 }
 
 template <class Policy, bool kReverse>
-__global__ void __launch_bounds__(kThreads) ssd_backward_states_kernel(Ssd s, Plan p) {
+__global__ void __launch_bounds__(kThreads, Policy::kScaled ? 2 : 1) ssd_backward_states_kernel(Ssd s, Plan p) {
   using T = typename Policy::T;
   using Exact = typename Policy::Exact;
   Memory<Policy>& m = *dynamic_smem<Memory<Policy>>();
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) ssd_backward_states_kernel(Ssd s, Pl
         }
       const float passes = decay(steps[kHigh * kChunk + kChunk - 1], steps[kLow * kChunk + kChunk - 1]);
       each([&](float& x, int64_t, int64_t) { x *= passes; });
-#pragma unroll
+#pragma unroll(Policy::kScaled ? 4 : 1)
       for (int k = 0; k < kChunk; k += 16) {
         using Tile = Matrix<const typename Exact::T>;
         const auto rows = [&](int part) {

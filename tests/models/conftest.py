@@ -37,6 +37,12 @@ def tiny2(tiny):
     return make
 
 
+@pytest.fixture
+def padded(tiny2):
+    """61 tokens in 64 rows, as the original checkpoints pad."""
+    return lambda **options: tiny2(pad_vocab_size_multiple=16, **options)
+
+
 @pytest.fixture(params=["tiny", "tiny2"])
 def either(request):
     return request.getfixturevalue(request.param)

@@ -13,7 +13,7 @@ HALF = (torch.float16, torch.bfloat16)
 class Exact(torch.nn.Module):
     """A module whose parameters named in `exact` need more digits than a half type has.
 
-    Cast to one, they follow the module to another device and keep their type and their values.
+    Cast to one, they follow the module to another device as float32: kept as they were, or narrowed from float64.
     """
 
     exact: tuple[str, ...] = ()
@@ -24,12 +24,12 @@ class Exact(torch.nn.Module):
         for name, data in before.items():
             p = self.get_parameter(name)
             if p.dtype in HALF:
-                p.data = data.to(p.device)
+                p.data = data.to(p.device, torch.float32)
                 if p.grad is not None:
-                    p.grad = p.grad.to(data.dtype)
+                    p.grad = p.grad.float()
         return self
 
 
 def exact_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The type of such parameters in a module made as `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """The type of such parameters in a module made as `dtype`; None is torch's default type."""
+    return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32

@@ -11,6 +11,7 @@ import torch
 from pyseq._library import REGISTRY, runs_on_gpu
 from pyseq.layers.exact import Exact, exact_dtype
 from pyseq.layers.linear import Linear, in_kernels
+from pyseq.layers.steps import check_steps, draw_steps, inner_width
 from pyseq.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pyseq.ops.rms_norm_gated import rms_norm_gated
 from pyseq.ops.selective_scan import selective_scan, selective_scan_step
@@ -68,13 +69,12 @@ class Mamba(Exact):
         if dt_rank == "auto":
             dt_rank = math.ceil(d_model / 16)
         if d_inner is None:
-            d_inner = int(expand * d_model)
+            d_inner = inner_width(d_model, expand)
         sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "dt_rank": dt_rank, "d_inner": d_inner}
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        check_steps(dt_min, dt_max, dt_init_floor)
         if dt_init not in ("random", "constant"):
             raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
         if mixer_rms_eps is not None and not 0 < mixer_rms_eps < math.inf:
@@ -111,9 +111,7 @@ class Mamba(Exact):
         else:
             self.dt_proj.weight.uniform_(-std, std)
         bias = self.dt_proj.bias
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = torch.exp(torch.rand_like(bias) * (high - low) + low).clamp(min=self.dt_init_floor)
-        bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        draw_steps(bias, self.dt_min, self.dt_max, self.dt_init_floor)
         self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1, device=bias.device, dtype=bias.dtype)))
         self.D.fill_(1.0)
 

@@ -13,6 +13,7 @@ from pyseq._library import REGISTRY
 from pyseq.layers.exact import Exact, exact_dtype
 from pyseq.layers.linear import Linear, in_kernels
 from pyseq.layers.norm import GatedRMSNorm
+from pyseq.layers.steps import check_steps, draw_steps, inner_width
 from pyseq.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pyseq.ops.ssd import ssd, ssd_step
 
@@ -56,6 +57,7 @@ class Mamba2(Exact):
     d_conv: int
     headdim: int
     ngroups: int
+    chunk_size: int
 
     def __init__(
         self,
@@ -98,15 +100,15 @@ class Mamba2(Exact):
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} must be True or False, got {flag!r}")
-        d_inner = int(expand * d_model) if d_inner is None else d_inner
+        d_inner = inner_width(d_model, expand) if d_inner is None else d_inner
         d_ssm = d_inner if d_ssm is None else d_ssm
         self._take_sizes(
             d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups, d_inner=d_inner,
-            d_ssm=d_ssm,
+            d_ssm=d_ssm, chunk_size=chunk_size,
         )  # fmt: skip
         self._take_numbers(conv_init, A_init_range, dt_min, dt_max, dt_init_floor, dt_limit, norm_eps)
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
-        self.chunk_size, self.layer_idx = chunk_size, layer_idx
+        self.layer_idx = layer_idx
 
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         exact: dict[str, Any] = {"device": device, "dtype": exact_dtype(dtype)}
@@ -149,8 +151,7 @@ class Mamba2(Exact):
         low, high = _pair("A_init_range", A_init_range)
         if not 0 < low <= high < math.inf:
             raise ValueError(f"A_init_range must satisfy 0 < low <= high, got {A_init_range!r}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        check_steps(dt_min, dt_max, floor)
         least, most = _pair("dt_limit", dt_limit)
         if not 0 <= least <= most or math.isinf(least):
             raise ValueError(f"dt_limit must satisfy 0 <= low <= high, got {dt_limit!r}")
@@ -164,9 +165,7 @@ class Mamba2(Exact):
         """Draws A, D and the steps; the projections and the convolution keep torch's own initialisation."""
         if self.conv_init is not None:
             self.conv1d.weight.uniform_(-self.conv_init, self.conv_init)
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = torch.exp(torch.rand_like(self.dt_bias) * (high - low) + low).clamp(min=self.dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        draw_steps(self.dt_bias, self.dt_min, self.dt_max, self.dt_init_floor)
         self.A_log.uniform_(*self.A_init_range).log_()
         self.D.fill_(1.0)
 

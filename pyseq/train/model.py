@@ -19,6 +19,7 @@ def fresh_model(settings: Settings) -> tuple[CausalLM, Codec]:
         model = load_model(Path(settings.start_from), settings)
         if settings.tokenizer:
             raise ValueError("tokenizer: the checkpoint to start from has its own; give one of the two")
+        _check_layer(model, settings)
         return model, _codec_of(model)
     tokenizer = JsonTokenizer(settings.tokenizer) if settings.tokenizer else None
     codec = byte_codec() if tokenizer is None else _json_codec(tokenizer, tokenizer.vocab_size)
@@ -26,7 +27,7 @@ def fresh_model(settings: Settings) -> tuple[CausalLM, Codec]:
         d_model=settings.d_model,
         n_layer=settings.layers,
         vocab_size=codec.vocab_size,
-        layer=settings.layer,
+        layer=settings.layer or "Mamba",
         layer_args=settings.layer_args,
         bos_token_id=codec.separator,
         eos_token_id=codec.separator,
@@ -34,6 +35,16 @@ def fresh_model(settings: Settings) -> tuple[CausalLM, Codec]:
     model = CausalLM(config)
     model.tokenizer = tokenizer or model.tokenizer
     return model.to(settings.device).train(), codec
+
+
+def _check_layer(model: CausalLM, settings: Settings) -> None:
+    """What was said of the layer must be so in the checkpoint, whose geometry the run has."""
+    mixer = model.backbone.layers[0].mixer
+    found = {"layer": model.config.layer, **{name: getattr(mixer, name, None) for name in ("d_state", "headdim")}}
+    for name, value in found.items():
+        given = getattr(settings, name)
+        if given is not None and given != value:
+            raise ValueError(f"{name} = {given}: the checkpoint to start from has {value or 'none'}; leave {name} out")
 
 
 def load_model(path: Path | str, settings: Settings) -> CausalLM:

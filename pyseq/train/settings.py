@@ -24,7 +24,7 @@ class Settings:
     tokenizer: str | None = None  # a tokenizer.json; None: bytes
     held_out: int | None = None  # bytes; None: a twentieth of the text, at most 256 KiB
     start_from: str | None = None  # a checkpoint whose weights and geometry to start from; None: fresh weights
-    layer: str = "Mamba"  # or "Mamba2"
+    layer: str | None = None  # "Mamba" or "Mamba2"; None: the layer of the checkpoint to start from, else Mamba
     d_model: int = 256
     layers: int = 4
     d_state: int | None = None  # None: the layer's own, 16 for Mamba and 128 for Mamba2
@@ -62,12 +62,12 @@ class Settings:
         _require("final_rate", self.final_rate, 0 <= self.final_rate <= 1, "between 0 and 1")
         for name in ("beta1", "beta2"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
-        if self.layer not in LAYERS:
+        if self.layer is not None and self.layer not in LAYERS:
             raise ValueError(f"layer = {self.layer!r}: expected one of {', '.join(LAYERS)}")
         for name in ("d_state", "headdim"):
             _require(name, value := getattr(self, name), value is None or value >= 1, "at least 1")
-        if self.headdim is not None and self.layer != "Mamba2":
-            raise ValueError(f"headdim = {self.headdim}: {self.layer} has no heads; Mamba2 has")
+        if self.headdim is not None and self.layer != "Mamba2" and (self.layer or not self.start_from):
+            raise ValueError(f"headdim = {self.headdim}: {self.layer or 'Mamba'} has no heads; Mamba2 has")
         if self.held_out is not None:
             _require("held_out", self.held_out, self.held_out >= 1, "at least 1 byte")
         if (self.steps is None) == (self.time_limit is None):
@@ -99,7 +99,7 @@ class Settings:
 
 
 # Settings that runs of before they were added do not hold, and what those runs meant.
-_ADDED = {"layer": "Mamba", "headdim": None}
+_ADDED = {"layer": None, "headdim": None}
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

@@ -1,5 +1,7 @@
 """Mamba and FalconMamba against the plain recurrence, and every way to cut a sequence against the whole of it."""
 
+import math
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -237,10 +239,11 @@ def test_wrong_input_names_it(shape):
         optional={
             "d_state": st.integers(-2, 3) | st.floats(),
             "d_conv": st.integers(-2, 3),
-            "expand": st.sampled_from([0, -1, 0.001, 1, 1.5]),
+            "expand": st.sampled_from([0, -1, 0.001, 1, 1.5, "2", True, math.nan, math.inf]),
             "dt_rank": st.sampled_from(["auto", "", "all", 0, -1, 2]),
             "dt_min": st.floats(-1, 1),
-            "dt_max": st.floats(-1, 1),
+            "dt_max": st.floats(-1, 1) | st.sampled_from([math.inf, math.nan, 1e300, "1"]),
+            "dt_init_floor": st.sampled_from([0, 1e-4, -1, math.nan, math.inf, None]),
             "dt_init": st.sampled_from(["random", "constant", "zeros"]),
             "mixer_rms_eps": st.sampled_from([None, 0.0, -1.0, 1e-6, float("nan"), float("inf")]),
         },
@@ -252,4 +255,4 @@ def test_constructor_works_or_names_the_argument(options):
     except ValueError as error:
         assert any(name in str(error) for name in [*options, "d_inner"])
     else:
-        assert torch.isfinite(layer(torch.randn(1, 3, 8))[0]).all()
+        assert torch.isfinite(layer.dt_proj.bias).all() and torch.isfinite(layer(torch.randn(1, 3, 8))[0]).all()

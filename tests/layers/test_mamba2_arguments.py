@@ -77,14 +77,16 @@ def test_wrong_input_names_it(shape):
         optional={
             "d_state": st.integers(-2, 3) | st.floats(),
             "d_conv": st.integers(-2, 3),
-            "expand": st.sampled_from([0, -1, 0.001, 1, 1.5]),
+            "expand": st.sampled_from([0, -1, 0.001, 1, 1.5, "2", True, math.nan, math.inf]),
             "headdim": st.sampled_from([-1, 0, 1, 2, 3, 4, "4", True]),
             "d_ssm": st.sampled_from([None, 0, 3, 4, 8, 17]),
             "ngroups": st.sampled_from([-1, 0, 1, 2, 3]),
             "A_init_range": st.sampled_from([(1, 16), [1, 1], (0, 1), (2, 1), (1,), 3, (1, math.inf), ("a", "b")]),
             "dt_limit": st.sampled_from([(0.0, math.inf), [0.1, 0.1], (-1, 1), (1, 0), (0,), None, (math.nan, 1)]),
             "dt_min": st.floats(-1, 1),
-            "dt_max": st.floats(-1, 1),
+            "dt_max": st.floats(-1, 1) | st.sampled_from([math.inf, math.nan, 1e300, "1"]),
+            "dt_init_floor": st.sampled_from([0, 1e-4, -1, math.nan, math.inf, None]),
+            "chunk_size": st.sampled_from([1, 100, 0, -1, 2.5, True, None]),
             "conv_init": st.sampled_from([None, 0.5, -1.0, math.nan]),
             "norm_before_gate": st.sampled_from([False, True, None, 1]),
             "norm_eps": st.sampled_from([0.0, -1.0, 1e-6, math.nan, math.inf]),
@@ -97,4 +99,4 @@ def test_constructor_works_or_names_the_argument(options):
     except ValueError as error:
         assert any(name in str(error) for name in [*options, "d_inner"])
     else:
-        assert torch.isfinite(layer(torch.randn(1, 3, 8))[0]).all()
+        assert torch.isfinite(layer.dt_bias).all() and torch.isfinite(layer(torch.randn(1, 3, 8))[0]).all()

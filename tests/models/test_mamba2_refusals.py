@@ -51,6 +51,8 @@ def cfg(**options):
     ("ssm_cfg", cfg(norm_before_gate=1), "norm_before_gate"),
     ("ssm_cfg", cfg(dt_limit=[2, 1]), "dt_limit"),
     ("ssm_cfg", cfg(rotary=True), "rotary"),
+    ("ssm_cfg", cfg(norm_eps=0.1), "norm_eps"),   # ours: mamba-ssm's layer has neither
+    ("ssm_cfg", cfg(d_inner=64), "d_inner"),
     ("rms_norm", False, "rms_norm"),
     ("d_model", 33, "d_model"),
     ("n_layer", 10**9, "n_layer"),

@@ -65,6 +65,19 @@ def test_a_run_starts_from_a_checkpoint(tmp_path: Path, tiny: Settings) -> None:
     assert begin == {"step": 0, "bytes": 0, "held_out_bits_per_byte": first.held_out}
 
 
+@pytest.mark.parametrize("kind", [{"layer": "Mamba2", "headdim": 4}, {}])
+def test_what_is_said_of_the_layer_is_so_in_the_checkpoint(tmp_path: Path, tiny: Settings, kind: dict) -> None:
+    first = train(dataclasses.replace(tiny, steps=1, **kind), tmp_path / "first")
+    again = dataclasses.replace(tiny, steps=1, start_from=str(first.checkpoint), d_state=None)
+    agrees = {} if kind else {"layer": "Mamba"}
+    for number, same in enumerate(({}, {"d_state": 4}, kind, agrees, {"headdim": 4} if kind else {})):
+        assert train(dataclasses.replace(again, **same), tmp_path / f"{number}").complete
+    other = {"layer": "Mamba"} if kind else {"layer": "Mamba2"}
+    for wrong in (other, {"headdim": 8}, {"d_state": 8}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} = .*: the checkpoint to start from has"):
+            train(dataclasses.replace(again, **wrong), tmp_path / "refused")
+
+
 def test_a_tokenised_run(tmp_path: Path, tiny: Settings) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE

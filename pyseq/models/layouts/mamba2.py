@@ -11,7 +11,10 @@ from pyseq.models.config import Config
 from pyseq.models.files import Tensors
 from pyseq.models.layouts.sizes import FIRST, Sizes, match, match_expand, of_original, of_transformers, shape
 
-OPTIONS = {"layer", *inspect.signature(Mamba2).parameters} - {"d_model", "device", "dtype"}
+# Of an original checkpoint's layer: the arguments that mamba-ssm has too. Those that are ours alone go by keyword.
+OPTIONS = {"layer"} | {
+    name for name, p in inspect.signature(Mamba2).parameters.items() if p.kind is not p.KEYWORD_ONLY
+} - {"d_model", "device", "dtype"}
 
 
 class Mamba2Sizes(Sizes):

@@ -72,13 +72,14 @@ void write_group(const Ssd& s, const Work& w, const Unit& u, const Chunk& chunk,
                  int64_t part) {
   float* const rows = w.C;   // no longer needed
   transpose_rows(rows, w.states, sums, w.tokens, s.states, chunk.tokens);
+  const int64_t block = block_of(s, u);
   for (int64_t t = 0; t < chunk.tokens; ++t) {
     const int64_t at = u.row * to.stride[0] + (chunk.begin + t) * to.stride[1] + u.group * to.stride[2];
-    float* const sum = slab(s, block_of(s, u), u.row * s.time + chunk.begin + t, u.group) + part * s.states;
+    const int64_t token = u.row * s.time + chunk.begin + t;
     for (int64_t n = 0; n < s.states; n += W) {
       const vf v = load(rows + t * w.states + n);
       if (whole_groups(s)) store(to, at + n, v, s.states - n);
-      else store(sum + n, v, s.states - n);
+      else store(slab(s, block, token, u.group) + part * s.states + n, v, s.states - n);
     }
   }
 }

@@ -227,6 +227,8 @@ class Mamba2(Exact):
         """The state before the first token: zeros, on the layer's device, float32 unless the layer is float64.
 
         A state of dtype bfloat16 is for `step` alone: half the memory, and what it remembers is rounded at each token.
+        A head that decays by less than 2^-9 a token, delta |A| < 0.002, then never forgets. Use float32 unless reading
+        and writing the state is what bounds a step.
         """
         kind: dict[str, Any] = {"device": device or self.A_log.device, "dtype": dtype or self.A_log.dtype}
         return Mamba2State(

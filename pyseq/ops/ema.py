@@ -113,7 +113,9 @@ def ema_step(state: torch.Tensor, x: torch.Tensor, p: torch.Tensor) -> torch.Ten
     """One token of `ema`: updates state in place, returns y; on a CPU equal to the sequence op bit for bit.
 
     Args:
-        state: [B, D], float32 or bfloat16 (advanced in float32 and rounded once).
+        state: [B, D], float32 or bfloat16 (advanced in float32 and rounded once). In bfloat16 an average with
+            p < 2^-9 (0.002) rounds back to what it was and never forgets. Use float32 unless reading and writing the
+            state is what bounds the step.
         x: [B, D], float32, bfloat16 or float16.
         p: [B]. Where it is 0 the state stays, and y is the state.
 

@@ -173,7 +173,9 @@ def selective_scan_step(
     """One token of `selective_scan`: updates state in place, returns y; on a CPU equal to the sequence op bit for bit.
 
     Args:
-        state: [B, D, N], float32 or bfloat16 (advanced in float32 and rounded once).
+        state: [B, D, N], float32 or bfloat16 (advanced in float32 and rounded once). In bfloat16 what decays by less
+            than 2^-9 a token, delta |A| < 0.002, rounds back to what it was and is never forgotten. Use float32 unless
+            reading and writing the state is what bounds the step.
         u: [B, D], as are dt and z.
         B: [B, N] or [B, G, N], as is C. The other arguments are those of `selective_scan`.
 

@@ -218,7 +218,9 @@ def ssd_step(
     """One token of `ssd`: updates state in place, returns y; on a CPU equal to `ssd(..., exact=True)` bit for bit.
 
     Args:
-        state: [B, H, P, N], float32 or bfloat16 (advanced in float32 and rounded once).
+        state: [B, H, P, N], float32 or bfloat16 (advanced in float32 and rounded once). In bfloat16 what decays by less
+            than 2^-9 a token, delta |A| < 0.002, rounds back to what it was: such a head never forgets. Use float32
+            unless reading and writing the state is what bounds the step.
         x: [B, H, P], as is z.
         dt: [B, H].
         B, C: [B, G, N]. The other arguments are those of `ssd`.

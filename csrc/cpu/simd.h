@@ -359,6 +359,16 @@ inline vf exp(vf x) {
   return scale(fma(p, r, splat(1.f)), whole);
 }
 
+// e^x - 1 for x in [-ln 2, 0]: x times a minimax polynomial of degree 5 with p(0) = 1, 2e-8.
+inline vf expm1_unit(vf x) {
+  vf p = splat(1.035710098e-3f);
+  p = fma(p, x, splat(8.073253557e-3f));
+  p = fma(p, x, splat(4.157695547e-2f));
+  p = fma(p, x, splat(1.666529328e-1f));
+  p = fma(p, x, splat(4.999993145e-1f));
+  return x * fma(p, x, splat(1.f));
+}
+
 // log(1 + x) for x in [0, 1]: x times a minimax polynomial of degree 9, 4.7e-9.
 inline vf log1p_unit(vf x) {
   vf p = splat(-3.24402517e-3f);

@@ -50,7 +50,7 @@ void advance(const Ssd& s, const Work& w, const Unit& u, int64_t first, int64_t 
         prefetch<0>(s.x, next.at(s.x, t) + p, t_end - t, C * W);
       };
       const int64_t state = i * w.state_size;
-      carry<false>(s, w, tokens, decays.before[tokens - 1], from + state, w.B, to + state, nullptr, fetch);
+      carry<false>(s, w, decays, from + state, w.B, to + state, nullptr, fetch);
     }
   }
 }

@@ -31,16 +31,18 @@ inline void scale_tokens(const Work& w, int64_t tokens, const float* from, const
   }
 }
 
-// to = decay from + sum over tokens of left[t] scaled[t]^T. Returns <from, other> where there is another.
+// to = exp(L[Q]) from + sum over tokens of left[t] scaled[t]^T. Returns <from, other> where there is another.
 // each(n, p, R, C) is called before a tile.
 template <bool kDot, class Each>
-inline float carry(const Ssd& s, const Work& w, int64_t tokens, float decay, const float* from, const float* left,
-                   float* to, const float* other, Each each) {
+inline float carry(const Ssd& s, const Work& w, const Decays& decays, const float* from, const float* left, float* to,
+                   const float* other, Each each) {
+  const vf whole = decays.whole();
+  const bool slow = decays.slow();
   vf dot{};
   for_tiles(s.states, s.width, [&]<int R, int C>(int64_t n, int64_t p) {
     each(n, p, R, C);
     vf sum[R][C] = {};
-    multiply(sum, left + n, 1, w.states, w.scaled + p, w.width, tokens);
+    multiply(sum, left + n, 1, w.states, w.scaled + p, w.width, decays.tokens);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {   // what is carried comes last: its loads run while the products do
 #pragma GCC unroll 4
@@ -48,7 +50,7 @@ inline float carry(const Ssd& s, const Work& w, int64_t tokens, float decay, con
         const int64_t i = (n + r) * w.width + p + c * W;
         const vf before = load(from + i);
         if constexpr (kDot) dot = fma(before, load(other + i), dot);
-        store(to + i, fma(splat(decay), before, sum[r][c]));
+        store(to + i, slow ? sum[r][c] + decayed<true>(whole, before) : fma(whole, before, sum[r][c]));
       }
     }
   });
@@ -153,7 +155,7 @@ inline void walk_head(const Ssd& s, const Work& w, const Place& here, const Plac
   write_inputs(s, w, here, delta);
   scale_tokens(w, tokens, w.dv, decays.before);
   const auto none = [](int64_t, int64_t, int, int) {};
-  const float GS = carry<true>(s, w, tokens, decays.before[tokens - 1], G, w.C, G, S, none);
+  const float GS = carry<true>(s, w, decays, G, w.C, G, S, none);
   write_steps(s, w, here, decays, delta, GS);
 }
 

@@ -88,6 +88,10 @@ struct Decays {
       store(after + t, exp(narrow(L + t, -1, sum)));
     }
   }
+
+  // What the chunk leaves of a state: see update.h.
+  bool slow() const { return L[tokens - 1] > kSlow; }
+  vf whole() const { return decay_of(splat(float(L[tokens - 1]))); }
 };
 
 // M[i][j] = scores[i][j] exp(L[i] - L[j]) delta[j] for j <= i, rows `width` apart. Within W tokens the decays are

@@ -54,11 +54,12 @@ void advance(const Ssd& s, const Unit& u, const Chunk& c, int64_t begin, int64_t
     const vf weight = splat(decay.after[t] * delta[t]);
     for (int64_t p = 0; p < c.width; p += W) store(c.x + t * c.width + p, load(c.x + t * c.width + p) * weight);
   }
-  const vf whole = splat(decay.before[tokens - 1]);
+  const vf whole = decay.whole();
+  const bool slow = decay.slow();
   for_tiles(s.states, s.width, [&]<int R, int K>(int64_t n, int64_t p) {
     vf sum[R][K] = {};
     if (started) load_tile(sum, S + n * c.width + p, c.width);
-    for (auto& r : sum) for (vf& v : r) v *= whole;
+    for (auto& r : sum) for (vf& v : r) v = slow ? decayed<true>(whole, v) : decayed<false>(whole, v);
     multiply(sum, c.B + n, 1, c.states_width, c.x + p, c.width, tokens);
     store_tile(S + n * c.width + p, c.width, sum);
   });

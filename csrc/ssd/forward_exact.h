@@ -17,7 +17,8 @@ struct Block {
   float *S, *B, *C;              // [width, states_width]; [tokens, states_width] twice
   float *x, *dx;                 // [tokens, width]
   float *total, *parts;          // [tokens, 4, W]: of four channels, so far; [tokens, width / 4, W]: their sum4
-  float a[kBlock], delta[kBlock];
+  float decay[kBlock], delta[kBlock];
+  int32_t slow[kBlock];
 
   static int64_t size(const Ssd& s) {
     const int64_t n = whole_vectors(s.states), p = whole_vectors(s.width);
@@ -34,6 +35,20 @@ struct Block {
   }
 };
 
+template <bool slow, int K>
+[[gnu::always_inline]] inline void take_token(vf (&S)[4][K], vf (&total)[4], vf decay, const float* B, const float* C,
+                                              const float* dx) {
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k) {
+    const vf B_k = load(B + k * W), C_k = load(C + k * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      S[r][k] = next<slow>(decay, S[r][k], splat(dx[r]), B_k);
+      total[r] = fma(S[r][k], C_k, total[r]);
+    }
+  }
+}
+
 // Four channels from p, K vectors of states from n, all tokens.
 template <int K> void scan(const Block& b, int64_t tokens, int64_t p, int64_t n) {
   const int64_t width = b.states_width;
@@ -42,19 +57,11 @@ template <int K> void scan(const Block& b, int64_t tokens, int64_t p, int64_t n)
   load_tile(S, b.S + p * width + n, width);
   for (int64_t t = 0; t < tokens; ++t) {
     const float *B = b.B + t * width + n, *C = b.C + t * width + n, *dx = b.dx + t * b.width + p;
-    const vf a = splat(b.a[t]);
     float* const kept = b.total + t * 4 * W;
     vf total[4] = {};
     if (n > 0) for (int r = 0; r < 4; ++r) total[r] = load(kept + r * W);
-#pragma GCC unroll 4
-    for (int k = 0; k < K; ++k) {
-      const vf B_k = load(B + k * W), C_k = load(C + k * W);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        S[r][k] = next(a, S[r][k], splat(dx[r]), B_k);
-        total[r] = fma(S[r][k], C_k, total[r]);
-      }
-    }
+    if (b.slow[t]) take_token<true>(S, total, splat(b.decay[t]), B, C, dx);
+    else take_token<false>(S, total, splat(b.decay[t]), B, C, dx);
     if (last) store(b.parts + t * b.width / 4 * W + p / 4 * W, sum4(total[0], total[1], total[2], total[3]));
     else for (int r = 0; r < 4; ++r) store(kept + r * W, total[r]);
   }
@@ -76,7 +83,10 @@ void load_block(const Ssd& s, Block& b, int64_t row, int64_t begin, int64_t toke
     }
     const vf delta = step_size(s, load(dt), bias);
     store(b.delta + t, delta);
-    store(b.a + t, exp(log_decay(delta, A)));
+    const vf log_a = log_decay(delta, A);
+    const vi slow = is_slow(log_a);
+    store(b.decay + t, decay_of(log_a));
+    std::memcpy(b.slow + t, &slow, sizeof slow);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t p = 0; p < b.width; p += W) store(b.dx + t * b.width + p, b.delta[t] * load(b.x + t * b.width + p));

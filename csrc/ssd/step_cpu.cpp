@@ -6,8 +6,8 @@ namespace {
 constexpr int kRows = 4;   // channels at a time: they share a vector of B and C
 
 // Channels [0, R) of S, `stride` apart, one token on; total[i] = their parts of <C, S>.
-template <int R, class T>
-inline void advance(const SsdStep& s, T* S, int64_t stride, int64_t B, int64_t C, vf a, const float* dx, vf* total) {
+template <bool slow, int R, class T>
+inline void advance(const SsdStep& s, T* S, int64_t stride, int64_t B, int64_t C, vf decay, const float* dx, vf* total) {
   vf sum[R] = {};
   for (int64_t n = 0; n < s.states; n += W) {
     const int64_t left = s.states - n;
@@ -15,7 +15,7 @@ inline void advance(const SsdStep& s, T* S, int64_t stride, int64_t B, int64_t C
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       T* const at = S + r * stride + n;
-      const vf v = next(a, load(at, left), splat(dx[r]), b);
+      const vf v = next<slow>(decay, load(at, left), splat(dx[r]), b);
       store(at, v, left);
       sum[r] = fma(v, c, sum[r]);
     }
@@ -24,10 +24,9 @@ inline void advance(const SsdStep& s, T* S, int64_t stride, int64_t B, int64_t C
   for (int r = 0; r < R; ++r) total[r] = sum[r];
 }
 
-template <class T> void step_head(const SsdStep& s, int64_t b, int64_t h) {
+template <bool slow, class T> void step_head(const SsdStep& s, int64_t b, int64_t h, vf delta, vf log_a) {
   const int64_t g = h / (s.heads / s.groups);
-  const vf bias = splat(s.dt_bias ? s.dt_bias[h] : 0.f), dt = splat(load(s.dt, b * s.dt.stride[0] + h, 1)[0]);
-  const vf delta = step_size(s, dt, bias), a = exp(log_decay(delta, splat(s.A[h])));
+  const vf left = decay_of(log_a);
   const int64_t B = b * s.B.stride[0] + g * s.B.stride[1], C = b * s.C.stride[0] + g * s.C.stride[1];
   const int64_t x_at = b * s.x.stride[0] + h * s.x.stride[1], z_at = b * s.z.stride[0] + h * s.z.stride[1];
   const int64_t y_at = b * s.y.stride[0] + h * s.y.stride[1], stride = s.state.stride[2];
@@ -40,10 +39,16 @@ template <class T> void step_head(const SsdStep& s, int64_t b, int64_t h) {
     vf total[W] = {};
     int64_t r = 0;
     T* const S = state + p * stride;
-    for (; r + kRows <= rows; r += kRows) advance<kRows>(s, S + r * stride, stride, B, C, a, dx + r, total + r);
-    for (; r < rows; ++r) advance<1>(s, S + r * stride, stride, B, C, a, dx + r, total + r);
+    for (; r + kRows <= rows; r += kRows) advance<slow, kRows>(s, S + r * stride, stride, B, C, left, dx + r, total + r);
+    for (; r < rows; ++r) advance<slow, 1>(s, S + r * stride, stride, B, C, left, dx + r, total + r);
     store(s.y, y_at + p, output(s, sum_rows(total), x, z_at + p, h, p), rows);
   }
+}
+
+template <class T> void step_head(const SsdStep& s, int64_t b, int64_t h) {
+  const vf bias = splat(s.dt_bias ? s.dt_bias[h] : 0.f), dt = splat(load(s.dt, b * s.dt.stride[0] + h, 1)[0]);
+  const vf delta = step_size(s, dt, bias), log_a = log_decay(delta, splat(s.A[h]));
+  is_slow(log_a)[0] ? step_head<true, T>(s, b, h, delta, log_a) : step_head<false, T>(s, b, h, delta, log_a);
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
+constexpr float kSlow = -0.6875f;   // log decays above are slow: a decay of about 1 / 2
+
 // delta of `lanes` heads from dt: bias, softplus, limits. NaN stays NaN.
 template <class S> inline vf step_size(const S& s, vf dt, vf bias) {
   vf delta = dt + bias;
@@ -17,7 +19,16 @@ template <class S> inline vf step_size(const S& s, vf dt, vf bias) {
 // The logarithm of the decay; NaN where A is not <= 0.
 inline vf log_decay(vf delta, vf A) { return select(A <= 0.f, at_least(delta * A, kLeast), splat(NAN)); }
 
-inline vf next(vf a, vf S, vf dx, vf B) { return fma(a, S, dx * B); }   // W states of a channel; dx = delta x
+// What a step leaves of a state, from its log decay. The decay of a slow step is close to 1, and a float would round away
+// what a long memory is made of: it is kept, and applied, as its difference from 1.
+inline vi is_slow(vf log_a) { return log_a > kSlow; }
+inline vf decay_of(vf log_a) { return select(is_slow(log_a), expm1_unit(log_a), exp(log_a)); }
+template <bool slow> inline vf decayed(vf decay, vf S) { return slow ? fma(decay, S, S) : decay * S; }
+
+// W states of a channel; dx = delta x
+template <bool slow> inline vf next(vf decay, vf S, vf dx, vf B) {
+  return slow ? fma(dx, B, decayed<true>(decay, S)) : fma(decay, S, dx * B);
+}
 
 // <C, S> of a channel is one chain of fma over the vectors of states, then a tree over the lanes: lane i of the result
 // is the sum over the lanes of total[i].

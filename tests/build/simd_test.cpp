@@ -72,6 +72,8 @@ void functions() {
   const double eps = 0x1p-23;
   accuracy("exp2", [](vf x) { return exp2(x); }, [](double x) { return std::exp2(x); }, -126, 127.99, 2 * eps);
   accuracy("exp", [](vf x) { return exp(x); }, [](double x) { return std::exp(x); }, -87.3, 88.7, 2 * eps);
+  accuracy("expm1_unit", expm1_unit, [](double x) { return std::expm1(x); }, -0.69314718, 0, 2 * eps);
+  accuracy("expm1_unit", expm1_unit, [](double x) { return std::expm1(x); }, -1e-6, 0, 2 * eps);
   accuracy("log1p_unit", log1p_unit, [](double x) { return std::log1p(x); }, 0, 1, 2 * eps);
   accuracy("log1p_unit", log1p_unit, [](double x) { return std::log1p(x); }, 0, 1e-6, 2 * eps);
   accuracy("softplus", [](vf x) { return softplus(x); }, [](double x) { return x > 20 ? x : std::log1p(std::exp(x)); },
@@ -91,6 +93,9 @@ void edges() {
       {"exp(-inf)", lane(exp(splat(-inf))), 0.f},        {"exp(inf)", lane(exp(splat(inf))), inf},
       {"exp(nan)", lane(exp(splat(nan))), nan},          {"exp(0)", lane(exp(splat(0.f))), 1.f},
       {"exp(-0)", lane(exp(splat(-0.f))), 1.f},          {"exp(3e38)", lane(exp(splat(3e38f))), inf},
+      {"expm1_unit(0)", lane(expm1_unit(splat(0.f))), 0.f}, {"expm1_unit(-0)", lane(expm1_unit(splat(-0.f))), -0.f},
+      {"expm1_unit(-2^-149)", lane(expm1_unit(splat(-0x1p-149f))), -0x1p-149f},
+      {"expm1_unit(nan)", lane(expm1_unit(splat(nan))), nan},
       {"log1p_unit(0)", lane(log1p_unit(splat(0.f))), 0.f}, {"log1p_unit(nan)", lane(log1p_unit(splat(nan))), nan},
       {"log1p_unit(2^-149)", lane(log1p_unit(splat(0x1p-149f))), 0x1p-149f},
       {"softplus'(21)", lane(softplus_derivative(splat(21.f))), 1.f},

@@ -122,6 +122,27 @@ def test_a_large_step_costs_the_small_ones_behind_it_no_digits(backend):
     assert_close(last, exact_last, "state")
 
 
+@pytest.mark.parametrize("form", ["chunk", "exact", "step"])
+def test_memories_of_a_thousand_tokens_keep_their_digits(form):
+    """Steady inputs: what rounding the decay would lose with each token adds up. This decay lies between two floats."""
+    time, noise = 3000, torch.Generator().manual_seed(0)
+    x, B, C = (1 + 0.1 * torch.randn(1, time, *size, generator=noise) for size in ((1, 8), (1, 16), (1, 16)))
+    dt, A = torch.full((1, time, 1), 993e-6), torch.full((1,), -1.0)
+    a = (dt * A).double().flatten().cumsum(0)[:, None, None]   # exp(-a) stays within 20
+    products = dt[0, :, :, None].double() * x[0, :, 0, :, None].double() * B[0].double()
+    states = a.exp() * (products * (-a).exp()).cumsum(0)
+    exact_y = torch.einsum("tpn,tn->tp", states, C[0, :, 0].double())[None, :, None]
+    if form == "step":
+        last, tokens = torch.zeros(1, 1, 8, 16), range(time)
+        y = [pyseq.ssd_step(last, x[:, t], dt[:, t], A, B[:, t], C[:, t], dt_softplus=False) for t in tokens]
+        y = torch.stack(y, 1)
+    else:
+        options = {"dt_softplus": False, "return_state": True, "exact": form == "exact"}
+        y, last = pyseq.ssd(x, dt, A, B, C, **options)
+    assert_close(y, exact_y, "y")
+    assert_close(last, states[None, None, -1], "state")
+
+
 @on_backends
 def test_a_step_of_zero_leaves_the_state_as_it_is(backend):
     arguments = without(drawn(2, 70, 3, 4, 5), "dt_bias") | {"dt": torch.zeros(2, 70, 3), "dt_softplus": False}

@@ -60,7 +60,7 @@ def compare(benchmark, request):
                 missing.append(who)
         made = {who: call for who, call in made.items() if call is not None}
         timings = timing.measure(made, rounds=1 if quick else rounds, block=0.0 if quick else 0.25, threads=THREADS,
-                                 probe=None if quick else beside)
+                                 warmup=0 if quick else 1, probe=None if quick else beside)
         ours = next(iter(made.values()))
         benchmark.group = work
         benchmark.pedantic(ours, rounds=1 if quick else 5, iterations=1)

@@ -19,7 +19,8 @@ from pyseq.samples import Sample, cast, samples
 from .device import Cuda, Device, Dry, ops, tensors
 from .record import NotHere
 
-CHOSEN = {"plain", "all", "packed", "gated", "residual_gated"}   # of pyseq.samples: every kernel, few shapes
+# Of pyseq.samples: every kernel, few shapes.
+CHOSEN = {"plain", "all", "packed", "gated", "residual_gated", "wide_gated", "wide_long"}
 
 
 def chosen(op: Op) -> list[Sample]:

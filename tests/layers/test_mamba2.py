@@ -7,6 +7,8 @@ import torch
 from mamba2_layers import by_kind, close, loop, make
 
 import pyseq
+from pyseq import testing
+from pyseq._library import REGISTRY
 
 
 @by_kind
@@ -121,3 +123,26 @@ def test_autocast_projects_in_bfloat16_and_keeps_float32_state():
     assert y.dtype == torch.bfloat16 and state.ssd.dtype == torch.float32
     assert layer.A_log.grad.dtype == torch.float32 and layer.in_proj.weight.grad.dtype == torch.float32
     close(y, expected, 4e-2)
+
+
+@pytest.mark.parametrize("backend", [b for b in testing.backends(REGISTRY["ssd"]) if b == "simt"])
+@pytest.mark.parametrize("kind", ["grouped", "ungated norm", "all"])
+def test_on_the_emulator(kind, backend):
+    """Sequence and gradient by the CUDA kernels of convolution, recurrence and norm."""
+    layer, x = make(kind), torch.randn(2, 20, 24)
+    exact = make(kind, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    x.requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    expected, weights = loop(exact, x64), torch.randn(2, 20, 24)
+    with testing.on(backend):
+        y, state = layer(x)
+        ours = torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()])
+        with torch.no_grad():
+            stepped, _ = layer.step(x[:, 0], layer.init_state(2))
+    close(y, expected)
+    close(stepped, expected[:, 0])
+    close(state.ssd, exact(x64)[1].ssd)
+    theirs = torch.autograd.grad((expected * weights.double()).sum(), [x64, *exact.parameters()])
+    for got, want in zip(ours, theirs, strict=True):
+        close(got, want, 1e-4)

@@ -172,8 +172,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_same_tokens_and_states_as_without(tiny, monkeypatch, options, padded):
-    model = tiny(pad_token_id=60)
+def test_the_same_tokens_and_states_as_without(either, monkeypatch, options, padded):
+    model = either(pad_token_id=60)
     mask = torch.ones_like(IDS)
     mask[1, :4] = 0
     options = options | {"return_state": True} | ({"attention_mask": mask} if padded else {})
@@ -237,10 +237,17 @@ def test_a_prompt_in_chunks_is_the_prompt(tiny, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(tree_leaves(state), tree_leaves(after), strict=True))
 
 
+LAYERS = {
+    "mamba": {},
+    "falcon": {"layer_args": {"mixer_rms_eps": 1e-6}},
+    "mamba2": {"layer": "Mamba2", "layer_args": {"headdim": 8, "ngroups": 2}},
+}
+
+
 @pytest.mark.parametrize("backend", [b for b in testing.backends(REGISTRY["mamba_step"]) if b == "simt"])
-@pytest.mark.parametrize("layer_args", [{}, {"mixer_rms_eps": 1e-6}], ids=["mamba", "falcon"])
-def test_a_step_on_the_emulator_is_the_step(tiny, layer_args, backend):
-    model = tiny(layer_args=layer_args)
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_a_step_on_the_emulator_is_the_step(tiny, options, backend):
+    model = tiny(**options)
     with torch.inference_mode():
         states = [model(IDS).state for _ in range(3)]
         for t in range(3):
@@ -257,8 +264,8 @@ def test_a_step_on_the_emulator_is_the_step(tiny, layer_args, backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_cuda_graph_gives_the_same_tokens(tiny, monkeypatch, options, device):
-    model, ids = tiny(pad_token_id=60).to(device), IDS.to(device)
+def test_a_cuda_graph_gives_the_same_tokens(either, monkeypatch, options, device):
+    model, ids = either(pad_token_id=60).to(device), IDS.to(device)
     graphed, state = model.generate(ids, 40, return_state=True, **options)
     monkeypatch.setattr(generation, "graphs_for", lambda device: None)
     plain, after = model.generate(ids, 40, return_state=True, **options)

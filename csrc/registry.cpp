@@ -9,6 +9,7 @@ namespace pyseq {
 namespace causal_conv1d { void cpu(Library&); void cuda(Library&); }
 namespace ema { void cpu(Library&); void cuda(Library&); }
 namespace linear { void cpu(Library&); }
+namespace mamba2_step { void cpu(Library&); void cuda(Library&); }
 namespace mamba_step { void cpu(Library&); void cuda(Library&); }
 namespace rms_norm_gated { void cpu(Library&); void cuda(Library&); }
 namespace selective_scan { void cpu(Library&); void cuda(Library&); }
@@ -25,6 +26,7 @@ constexpr Entry kCpu[] = {
     {"causal_conv1d", causal_conv1d::cpu},
     {"ema", ema::cpu},
     {"linear", linear::cpu},
+    {"mamba2_step", mamba2_step::cpu},
     {"mamba_step", mamba_step::cpu},
     {"rms_norm_gated", rms_norm_gated::cpu},
     {"selective_scan", selective_scan::cpu},
@@ -35,6 +37,7 @@ constexpr Entry kCpu[] = {
 constexpr Entry kCuda[] = {
     {"causal_conv1d", causal_conv1d::cuda},
     {"ema", ema::cuda},
+    {"mamba2_step", mamba2_step::cuda},
     {"mamba_step", mamba_step::cuda},
     {"rms_norm_gated", rms_norm_gated::cuda},
     {"selective_scan", selective_scan::cuda},

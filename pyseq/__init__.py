@@ -18,6 +18,7 @@ from .models.pretrained import from_pretrained
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.ema import ema, ema_step
 from .ops.linear import PackedLinear, linear, pack_linear
+from .ops.mamba2_step import mamba2_step
 from .ops.mamba_step import mamba_step
 from .ops.rms_norm_gated import rms_norm_gated
 from .ops.selective_scan import selective_scan, selective_scan_step
@@ -36,6 +37,7 @@ __all__ = [
     "explain",
     "from_pretrained",
     "linear",
+    "mamba2_step",
     "mamba_step",
     "models",
     "pack_linear",

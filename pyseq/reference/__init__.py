@@ -3,6 +3,7 @@
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ema import ema, ema_step
 from .linear import linear
+from .mamba2_step import mamba2_step
 from .mamba_step import mamba_step
 from .rms_norm_gated import rms_norm_gated
 from .selective_scan import selective_scan, selective_scan_step
@@ -14,6 +15,7 @@ __all__ = [
     "ema",
     "ema_step",
     "linear",
+    "mamba2_step",
     "mamba_step",
     "rms_norm_gated",
     "selective_scan",

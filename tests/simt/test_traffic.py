@@ -107,6 +107,12 @@ def aligned(name):
         if name == "ema":
             arguments = {"x": normal(b, 2 * t, d), "p": normal(b, 2 * t).sigmoid(), "state": normal(b, d)}
             return arguments | {"return_state": True}
+        if name == "mamba2_step":
+            h, p, n = 4, 64, 128
+            arguments = {"conv_state": normal(b, h * p + 2 * n, 3), "state": normal(b, h, p, n), "z": normal(b, h * p)}
+            arguments |= {"xBC": normal(b, h * p + 2 * n), "dt": normal(b, h), "conv_weight": normal(h * p + 2 * n, 4)}
+            arguments |= {"conv_bias": normal(h * p + 2 * n), "A": -normal(h).exp(), "D": normal(h)}
+            return arguments | {"dt_bias": normal(h), "norm_weight": normal(h * p)}
         if name == "mamba_step":
             r, b = 8, 4
             arguments = {"conv_state": normal(b, d, 3), "state": normal(b, d, n), "x": normal(b, d), "z": normal(b, d)}
@@ -127,6 +133,8 @@ CEILINGS = {
     "causal_conv1d_backward_kernel": (1.4, 1.1),
     "causal_conv1d_sum_kernel": (1.2, 1.1),
     "causal_conv1d_step_kernel": (3.1, 1.1),
+    "mamba2_step_kernel": (1.4, 1.1),
+    "mamba2_step_finish_kernel": (2.7, 1.1),
     "mamba_step_kernel": (1.45, 1.1),
     "mamba_step_project_kernel": (1.75, 1.1),
     "rms_norm_gated_kernel": (2.1, 1.1),

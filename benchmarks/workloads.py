@@ -147,11 +147,27 @@ def mamba_step(batch: int, dim: int, states: int, rank: int) -> Work:
     return Work(name, "state", batch * dim * states, (project, step), goal=1.2 * size / H200_BANDWIDTH)
 
 
+def mamba2_step(batch: int, heads: int, width: int, states: int) -> Work:
+    channels, rows = heads * width + 2 * states, batch * heads * width
+    conv = 4 * batch * channels * 3 * 2 + 2 * channels * 5     # float32 samples twice, bf16 weights
+    channels_of_a_block = 2 * states + width                   # that it convolves
+    step = Launch(
+        "mamba2_step_kernel<8, 4, float>", blocks=batch * heads, dynamic_shared=4 * (2 * states + width),
+        bytes_moved=2 * 4 * rows * states + conv + 2 * batch * channels + 2 * rows + 4 * rows,   # xBC, z, v
+        iterations={"MUFU.RCP STS.32": batch * heads * channels_of_a_block / 32, "LDS.128": batch * heads * 4},
+    )
+    finish = Launch("mamba2_step_finish_kernel", blocks=batch + batch * 2 * states // 256,
+                    bytes_moved=4 * rows + 2 * rows + 4 * 6 * batch * 2 * states)
+    name = f"mamba2_step, B{batch} H{heads} P{width} N{states}, float32 states, bf16 weights"
+    return Work(name, "state", rows * states, (step, finish), goal=90e-6)
+
+
 WORKS = (
     *selective_scan(8, 2048, 4096),
     selective_scan_step(64, 5120),
     *causal_conv1d(8, 4096, 8192),
     mamba_step(64, 5120, 16, 160),
+    mamba2_step(64, 80, 64, 128),
     *ema(8, 4096, 1024),
     rms_norm_gated(16384, 4096),
 )

@@ -140,9 +140,26 @@ def mamba_step(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
     }
 
 
+def mamba2_step(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    groups, batch, taps = rng.choice((1, 1, 2, 3)), rng.randint(1, 9), rng.choice((1, 2, 4, 4, 6))
+    heads, width, states = groups * rng.randint(1, 3), _width(rng, most), _width(rng, 2 * most)
+    inner, channels = heads * width, heads * width + 2 * groups * states
+    return {
+        "conv_state": _normal(g, batch, channels, taps - 1), "state": _normal(g, batch, heads, width, states),
+        "z": _normal(g, batch, inner) if rng.random() < 0.9 else None, "xBC": _normal(g, batch, channels),
+        "dt": _normal(g, batch, heads), "conv_weight": _normal(g, channels, taps),
+        "conv_bias": _normal(g, channels) if rng.random() < 0.7 else None,
+        "A": -torch.linspace(0.3, 4, heads, dtype=torch.float64),
+        "D": _normal(g, heads, width) if rng.random() < 0.3 else _normal(g, heads), "dt_bias": _normal(g, heads) - 2,
+        "norm_weight": 1 + 0.1 * _normal(g, inner) if rng.random() < 0.7 else None, "eps": 0.5,
+        "group_size": rng.choice((None, inner // groups)), "norm_before_gate": rng.random() < 0.5,
+        "dt_limit": (0.05, 0.3) if rng.random() < 0.2 else (0.0, math.inf),
+    }
+
+
 DRAWS: dict[str, Callable[[random.Random, torch.Generator, int], Arguments]] = {
     "selective_scan": selective_scan, "ssd": ssd, "causal_conv1d": causal_conv1d, "rms_norm_gated": rms_norm_gated,
-    "mamba_step": mamba_step, "ema": ema,
+    "mamba_step": mamba_step, "mamba2_step": mamba2_step, "ema": ema,
 }
 
 

@@ -249,6 +249,17 @@ def _ssd_steps(batch: int, heads: int, width: int = 64, states: int = 128) -> li
     return works
 
 
+def _mamba2_steps(batch: int, heads: int, width: int = 64, states: int = 128) -> list[Work]:
+    inner, channels = heads * width, heads * width + 2 * states
+    return [Work(
+        f"mamba2_step, B{batch} H{heads} P{width} N{states}", "mamba2_step", inputs.mamba2_step,
+        (batch, heads, width, states), (2, 3, 16, 32), _whole(pyseq.mamba2_step), _whole(reference.mamba2_step),
+        {"mamba-ssm": mamba_ssm_peer.mamba2_step},
+        bytes=8 * batch * (inner * states + 3 * channels) + batch * (2 * inner + channels) * HALF + 16 * channels,
+        ex2=batch * (2 * channels + inner + 3 * heads), step=True,
+    )]
+
+
 def _whole(function: Callable[..., Any]) -> Make:
     """A step that takes every field of its inputs."""
 
@@ -269,7 +280,7 @@ def standard() -> list[Work]:
         *_norm("B8 T4096 D4096", 8, 4096, 4096, True),
     ]
     for batch in (1, 8, 64, 256):
-        works += _steps(batch, 5120, 16) + _ssd_steps(batch, 80)
+        works += _steps(batch, 5120, 16) + _ssd_steps(batch, 80) + _mamba2_steps(batch, 80)
     for time in (2048, 8192, 32768, 131072):
         works += _scan(f"B1 T{time} D1536 N16", 1, time, 1536, 16)
     for time in (2048, 131072):
@@ -283,4 +294,5 @@ def tiny() -> list[Work]:
         *_scan("tiny", 1, 6, 8, 4), *_ssd("tiny", 1, 3, 1, small_time=5), *_conv("tiny", 1, 6, 8),
         *_ema("tiny", 1, 6, 32),
         *_norm("tiny", 1, 3, 8, True), *_steps(2, 8, 4), *_ssd_steps(2, 2, 16, 32),
+        *_mamba2_steps(2, 2, 16, 32),
     ]

@@ -88,6 +88,23 @@ class MambaStep:
 
 
 @dataclass(frozen=True)
+class Mamba2Step:
+    """One token of a Mamba-2 layer between its projections; both states are updated in place."""
+
+    conv_state: Tensor  # [B, H P + 2 N, W - 1]
+    state: Tensor  # [B, H, P, N]
+    z: Tensor  # [B, H P]
+    xBC: Tensor  # [B, H P + 2 N]
+    dt: Tensor  # [B, H]
+    conv_weight: Tensor  # [H P + 2 N, W]
+    conv_bias: Tensor  # [H P + 2 N]
+    A: Tensor  # [H]
+    D: Tensor  # [H]
+    dt_bias: Tensor  # [H]
+    norm_weight: Tensor  # [H P]
+
+
+@dataclass(frozen=True)
 class Ssd:
     """y = S C + D x, S = exp(dt A) S + dt x B^T per head, dt = softplus(dt + dt_bias)."""
 
@@ -133,7 +150,7 @@ class EmaStep:
     p: Tensor  # [B]
 
 
-T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep, Ssd, SsdStep, Ema, EmaStep)
+T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep, Ssd, SsdStep, Ema, EmaStep, Mamba2Step)
 
 
 def scan(
@@ -265,6 +282,21 @@ def ssd_step(
     before = torch.randn(batch, heads, width, state, generator=g, device=device)
     token = {name: getattr(x, name)[:, 0].contiguous() for name in ("x", "dt", "B", "C")}
     return SsdStep(state=before, A=x.A, D=x.D, dt_bias=x.dt_bias, **token)
+
+
+def mamba2_step(
+    batch: int, heads: int, width: int, state: int, dtype: torch.dtype = torch.float32, seed: int = 0,
+    device: str = "cpu",
+) -> Mamba2Step:
+    """One group, W 4."""
+    x = ssd_step(batch, heads, width, state, 1, dtype, seed, device)
+    conv = conv_step(batch, heads * width + 2 * state, 4, dtype, seed, device)
+    g = torch.Generator(device).manual_seed(seed + 2)
+    z = torch.randn(batch, heads * width, generator=g, device=device).to(dtype)
+    return Mamba2Step(
+        conv_state=conv.state, state=x.state, z=z, xBC=conv.x, dt=x.dt, conv_weight=conv.weight, conv_bias=conv.bias,
+        A=x.A, D=x.D, dt_bias=x.dt_bias, norm_weight=torch.ones(heads * width, device=device),
+    )
 
 
 def ema(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import PeerMissing, require
-from .inputs import Ema, MambaStep, Norm, Scan, ScanStep, Ssd, SsdStep
+from .inputs import Ema, Mamba2Step, MambaStep, Norm, Scan, ScanStep, Ssd, SsdStep
 
 
 def _triton(name: str) -> ModuleType:
@@ -115,6 +115,27 @@ def ssd_step(x: SsdStep) -> Callable[[], Tensor]:
     @torch.no_grad()
     def call() -> Tensor:
         return update(x.state, x.x, dt, A, x.B, x.C, D, None, bias, dt_softplus=True)
+
+    return call
+
+
+def mamba2_step(x: Mamba2Step) -> Callable[[], Tensor]:
+    """As its layer's step: three kernels, the norm with its gate the last."""
+    convolve = require("causal_conv1d", "causal-conv1d").causal_conv1d_update
+    update, norm = _triton("selective_state_update").selective_state_update, _triton("layernorm_gated").rmsnorm_fn
+    heads, width, states = x.state.shape[1:]
+    conv_state = x.conv_state.to(x.xBC.dtype)
+    A = x.A[:, None, None].expand(-1, width, states)
+    dt, D, bias = (t.unsqueeze(-1).expand(*t.shape, width) for t in (x.dt, x.D, x.dt_bias))
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        convolved = convolve(x.xBC, conv_state, x.conv_weight, x.conv_bias, activation="silu")
+        u, B, C = convolved.split([heads * width, states, states], -1)
+        y = update(
+            x.state, u.unflatten(1, (heads, width)), dt, A, B[:, None], C[:, None], D, None, bias, dt_softplus=True
+        )
+        return norm(y.flatten(1), x.norm_weight, None, z=x.z, eps=1e-5, norm_before_gate=False)
 
     return call
 

@@ -131,6 +131,28 @@ def mamba_step(dtype: torch.dtype, device: str) -> list[Work]:
     return [_step(function, _normal(1, D, N, device=device), data)]
 
 
+def mamba2_step(dtype: torch.dtype, device: str) -> list[Work]:
+    """Between the projections of the layer; the convolution's weights are of the data's type."""
+    channels = H * P + 2 * N2
+    data = {
+        "z": _normal(1, H * P, device=device, dtype=dtype),
+        "xBC": _normal(1, channels, device=device, dtype=dtype),
+        "dt": _normal(1, H, device=device, dtype=dtype),
+        "conv_state": _normal(1, channels, W - 1, device=device),
+        "conv_weight": _normal(channels, W, device=device, dtype=dtype),
+        "conv_bias": _normal(channels, device=device, dtype=dtype),
+        "A": -_normal(H, device=device).exp(),
+        "D": _normal(H, device=device),
+        "dt_bias": _normal(H, device=device) - 4,
+        "norm_weight": _normal(H * P, device=device),
+    }
+
+    def function(state: Tensor, **arguments: Any) -> Tensor:
+        return pyseq.mamba2_step(state=state, **arguments)
+
+    return [_step(function, _normal(1, H, P, N2, device=device), data)]
+
+
 def linear(dtype: torch.dtype, device: str) -> list[Work]:
     """The first projection of the layer, [2 D, d_model], on a CPU packed: bytes are dominated by the weight."""
     kind = torch.float32 if dtype == torch.float16 else dtype  # weights are float32 or bfloat16
@@ -157,4 +179,5 @@ WORKLOADS: dict[str, Callable[[torch.dtype, str], list[Work]]] = {
     "rms_norm_gated": rms_norm_gated,
     "linear": linear,
     "mamba_step": mamba_step,
+    "mamba2_step": mamba2_step,
 }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from pyseq._library import REGISTRY
+from pyseq._library import REGISTRY, runs_on_gpu
 from pyseq.layers.exact import Exact, exact_dtype
 from pyseq.layers.linear import Linear, in_kernels
 from pyseq.layers.norm import GatedRMSNorm
@@ -194,6 +194,8 @@ class Mamba2(Exact):
             y, state = self(x[:, None], state)
             return y[:, 0], state
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.parts, -1)
+        if self._fuses():
+            return self.out_proj(self._merge(self._fused(state)(z, xBC, dt), z, z0, x0, None)), state
         xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         inner, B, C = self._select(xBC)
         y = ssd_step(
@@ -204,12 +206,21 @@ class Mamba2(Exact):
 
     def stepper(self, state: Mamba2State) -> Callable[[Tensor], Tensor]:
         """x [B, d_model] -> y for a loop in inference mode: `step` without its checks, its constants computed once."""
+        in_proj, out_proj = self.in_proj.stepper(self.in_proj.bias), self.out_proj.stepper(self.out_proj.bias)
+        parts = self.parts
+        if self._fuses():
+            between = self._fused(state)
+
+            def fused(x: Tensor) -> Tensor:
+                z0, x0, z, xBC, dt = in_proj(x).split_with_sizes(parts, -1)
+                return out_proj(self._merge(between(z, xBC, dt), z, z0, x0, None))
+
+            return fused
         if not in_kernels(self.A_log):
             return lambda x: self.step(x, state)[0]
-        in_proj, out_proj = self.in_proj.stepper(self.in_proj.bias), self.out_proj.stepper(self.out_proj.bias)
         conv_step, ssd_step = REGISTRY["causal_conv1d"].active.step, REGISTRY["ssd"].active.step
         weight, conv_bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        A, D, dt_bias, (low, high), parts = self.A(), self._skip(), self.dt_bias, self.dt_limit, self.parts
+        A, D, dt_bias, (low, high) = self.A(), self._skip(), self.dt_bias, self.dt_limit
         norm = None if self.norm is None else self.norm.stepper()
         conv, S = state
 
@@ -220,6 +231,18 @@ class Mamba2(Exact):
             return out_proj(self._merge(y.flatten(-2), z, z0, x0, norm))
 
         return step
+
+    def _fuses(self) -> bool:
+        """On a GPU all between the projections is one op. On a CPU the ops run one by one, bit for bit the sequence."""
+        return runs_on_gpu(self.A_log) and self.A_log.dtype != torch.float64
+
+    def _fused(self, state: Mamba2State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """z, xBC, dt -> what W_out multiplies, but for z0 and x0; `state` is updated in place."""
+        kernel, norm = REGISTRY["mamba2_step"].active.step, self.norm
+        weights = self.conv1d.weight.squeeze(1), self.conv1d.bias, self.A(), self._skip(), self.dt_bias
+        weight, eps, size = (None, 1.0, 1) if norm is None else (norm.weight, norm.eps, norm.group_size)
+        options = *self.dt_limit, eps, size, self.norm_before_gate
+        return lambda z, xBC, dt: kernel(*state, z, xBC, dt, *weights, weight, *options)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

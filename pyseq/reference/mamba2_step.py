@@ -13,7 +13,7 @@ def mamba2_step(
     """z [B, H P] or None; xBC [B, H P + 2 G N]; dt [B, H]; conv_state [B, H P + 2 G N, W-1]; state [B, H, P, N]."""
     double = any(t is not None and t.dtype == torch.float64 for t in (z, xBC, dt))
     wide = torch.float64 if double else torch.float32
-    batch, heads, width, states = state.shape
+    heads, width, states = state.shape[1:]
     conv_weight, A, D, dt_bias = (t.to(wide) for t in (conv_weight, A, D, dt_bias))
     samples = torch.cat([conv_state.to(wide), xBC.to(wide)[..., None]], -1)
     a = (samples * conv_weight).sum(-1)

@@ -5,6 +5,8 @@ import torch
 from mamba2_layers import by_kind, close, close_states, make
 
 import pyseq
+from pyseq import testing
+from pyseq._library import REGISTRY
 from pyseq.models import state as states
 
 
@@ -43,6 +45,25 @@ def test_steps_take_a_bfloat16_state():
             assert torch.equal(stepper(x[:, t]), got)
     assert half.ssd.dtype == half.conv.dtype == torch.bfloat16
     close(half.ssd, exact.ssd, 3e-2)
+
+
+@pytest.mark.parametrize("backend", [b for b in testing.backends(REGISTRY["mamba2_step"]) if b == "simt"])
+@by_kind
+def test_a_step_on_the_emulator_is_the_step(kind, backend):
+    """There all between the projections is one op: step and stepper, in place, beside the ops one by one."""
+    layer, x = make(kind), torch.randn(3, 2, 24)
+    with torch.inference_mode():
+        _, start = layer(torch.randn(2, 6, 24))
+        plain, stepped, looped = (type(start)(*(t.clone() for t in start)) for _ in range(3))
+        for token in x:
+            want, _ = layer.step(token, plain)
+            with testing.on(backend):
+                got, same = layer.step(token, stepped)
+                assert same is stepped and torch.equal(got, layer.stepper(looped)(token))
+            testing.assert_close(got, want.double(), "y", "gradient")   # as many roundings as a gradient's
+    for a, b, c in zip(plain, stepped, looped, strict=True):
+        testing.assert_close(b, a.double(), "state", "gradient")
+        assert torch.equal(b, c)
 
 
 def test_float64_steps():

@@ -27,13 +27,14 @@ def by_ops(a):
     """The same, an op at a time, as Mamba2.step writes it."""
     heads, width, states = a["state"].shape[1:]
     norm, z = a["norm_weight"], a["z"]
+    gate = None if z is None or norm is not None else z.unflatten(1, (heads, width))
     convolved = pyseq.causal_conv1d_step(a["conv_state"], a["xBC"], a["conv_weight"], a["conv_bias"], activation="silu")
     shared = (convolved.shape[1] - heads * width) // 2
     x, B, C = convolved.split([heads * width, shared, shared], -1)
     y = pyseq.ssd_step(
         a["state"], x.unflatten(1, (heads, width)), a["dt"], a["A"], B.unflatten(1, (-1, states)),
-        C.unflatten(1, (-1, states)), a["D"], z.unflatten(1, (heads, width)) if norm is None and z is not None else None,
-        a["dt_bias"], dt_softplus=True, dt_limit=a.get("dt_limit", (0.0, float("inf"))),
+        C.unflatten(1, (-1, states)), a["D"], gate, a["dt_bias"], dt_softplus=True,
+        dt_limit=a.get("dt_limit", (0.0, float("inf"))),
     ).flatten(1)  # fmt: skip
     options = {n: a[n] for n in ("eps", "group_size", "norm_before_gate") if n in a}
     return y if norm is None else pyseq.rms_norm_gated(y, norm, z, **options)

@@ -26,8 +26,9 @@ __device__ __forceinline__ float sum_tokens(float (&part)[kTokens], int lane) {
 }
 
 // A thread of 16-bit data has 64 registers of rows and differences, so that two blocks fit; one of float32 has 96.
-template <class E>
-__global__ void __launch_bounds__(kThreads, sizeof(E) == 2 ? 2 : 1) ema_backward_kernel(EmaBackward b, bool wide) {
+template <class E> constexpr int kResident = sizeof(E) == 2 ? 2 : 1;
+
+template <class E> __global__ void __launch_bounds__(kThreads, kResident<E>) ema_backward_kernel(EmaBackward b, bool wide) {
   __shared__ Spans m;
   const Ema& s = b.forward;
   const Place at(s);

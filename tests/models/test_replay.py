@@ -261,22 +261,6 @@ def test_a_step_on_the_emulator_is_the_step(tiny, options, backend):
         testing.assert_close(b, a.double(), "state", "gradient")
 
 
-@pytest.mark.parametrize("backend", [b for b in testing.backends(REGISTRY["mamba2_step"]) if b == "simt"])
-def test_a_step_of_mamba2_on_the_emulator_is_the_step(tiny2, backend):
-    model = tiny2()
-    with torch.inference_mode():
-        states = [model(IDS).state for _ in range(3)]
-        for t in range(3):
-            want = model.stepper(states[0])(IDS[:, t])
-            with testing.on(backend):
-                got = model.stepper(states[1])(IDS[:, t])
-                stepped, states[2] = model.step(IDS[:, t], states[2])
-            testing.assert_close(got, want.double(), "logits", "gradient")
-            assert torch.equal(stepped, got)
-    for a, b in zip(tree_leaves(states[0]), tree_leaves(states[1]), strict=True):
-        testing.assert_close(b, a.double(), "state", "gradient")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

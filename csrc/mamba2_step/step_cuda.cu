@@ -1,6 +1,6 @@
 // A block has some rows of one head's state, 64 of them for 128 states, and asks for all of it before anything else. While it
-// is on its way the block convolves B and C of its group, which costs it a twentieth of what the state costs and is done by
-// every block alike, and its own channels of x. Then the state is advanced where it lies, in registers, and goes back.
+// is on its way the block convolves its own channels of x, and B and C of its group, as every block of the group does: a tenth
+// of the bytes of the state, from caches. Then the state is advanced where it lies, in registers, and goes back.
 #include "mamba2_step/update.cuh"
 
 namespace pyseq {

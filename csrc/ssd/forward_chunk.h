@@ -24,7 +24,7 @@ inline int64_t heads_of_unit(const Ssd& s) {
   return best;
 }
 
-// Of few states, those that pair_states rounds may be most of y.
+// Of few states there is little to multiply.
 inline bool in_pairs(const Ssd& s) { return s.dot && s.states >= 32; }
 
 inline int64_t chunk_of(const Ssd& s) { return s.chunk ? s.chunk : 64; }
@@ -35,7 +35,7 @@ struct Chunk {
   float* S;                        // [heads, N, width]: transposed, so that the channels are the lanes
   float* B;                        // [Q, states_width]
   float *C, *Bt;                   // [Q, states_width], [N, tokens_width]; of pairs, half as wide and as long
-  float* pairs;                    // [3/4 N, width]: S in pairs, see pair_states
+  float* pairs;                    // [N, width]: S in pairs, see pair_states
   float *scores, *M;               // [Q, tokens_width]: <C, B>, and what x is multiplied by
   float* x;                        // [Q, width]
   float *delta, *log_a, *steps;    // [heads, tokens_width], the same, work
@@ -50,7 +50,7 @@ struct Chunk {
     B = from.take(Q * states_width);
     C = from.take(Q * states_width);
     Bt = from.take(s.states * tokens_width);
-    pairs = from.take(in_pairs(s) ? (s.states + 3) * width : 0);
+    pairs = from.take(in_pairs(s) ? (s.states + 1) * width : 0);
     scores = from.take(Q * tokens_width);
     M = from.take(Q * tokens_width);
     x = from.take(Q * width);
@@ -96,8 +96,10 @@ template <class P> void load_chunk(const Ssd& s, const Unit& u, const Chunk& c, 
 }
 
 #if defined(__AVX512F__)
-// S in pairs along the states, rounded; behind them what rounding took from the first half of them. All of S rounded
-// would put as much error into y as its own rounding does, 1.41 times together; half of it makes 1.22.
+inline vf rounded_off(vf v, vf high) { return select((as_int(high) << 1) == splat_int(-1 << 24), vf{}, v - high); }
+
+// S in pairs along the states, rounded; behind them what rounding took: of an infinity, nothing. S rounded alone would
+// put as much error into y as its own rounding does, 1.41 times together.
 inline void pair_states(const Ssd& s, const Chunk& c, const float* S) {
   const int64_t words = Pairs::words(s.states);
   for (int64_t k = 0; k < words; ++k) {
@@ -106,8 +108,8 @@ inline void pair_states(const Ssd& s, const Chunk& c, const float* S) {
       const vf even = load(at), odd = 2 * k + 1 < s.states ? load(at + c.width) : vf{};
       const vi word = pair_bf16(even, odd);
       store(c.pairs + k * c.width + p, as_float(word));
-      if (2 * k >= words) continue;
-      const vi rest = pair_bf16(even - as_float(word << 16), odd - as_float(word & int32_t(0xffff0000)));
+      const vf even_rest = rounded_off(even, as_float(word << 16));
+      const vi rest = pair_bf16(even_rest, rounded_off(odd, as_float(word & int32_t(0xffff0000))));
       store(c.pairs + (words + k) * c.width + p, as_float(rest));
     }
   }
@@ -123,7 +125,7 @@ template <class P, int R, int K>
     multiply(sum, c.C + i * width, width, 1, S + p, c.width, words);
   } else {
     multiply<P>(sum, c.C + i * width, width, 1, c.pairs + p, c.width, words);
-    multiply<P>(sum, c.C + i * width, width, 1, c.pairs + words * c.width + p, c.width, (words + 1) / 2);
+    multiply<P>(sum, c.C + i * width, width, 1, c.pairs + words * c.width + p, c.width, words);
   }
 }
 

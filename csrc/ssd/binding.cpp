@@ -4,6 +4,7 @@
 #include "registry.h"
 #include "ssd/arguments.h"
 #include "ssd/kernel.h"
+#include "torch_api/huge_pages.h"
 #include "torch_api/stable.h"
 
 namespace pyseq::ssd {
@@ -13,13 +14,19 @@ void fill_nan(std::initializer_list<Tensor> tensors) {
   for (Tensor t : tensors) torch::stable::fill_(t, std::nan(""));
 }
 
+int64_t checked(int64_t chunk) {
+  STD_TORCH_CHECK(chunk == 0 || (chunk >= 16 && chunk <= 256), "chunk is neither 0 nor from 16 to 256");
+  return chunk;
+}
+
 float* aligned(const Tensor& memory) {   // to a cache line; `memory` holds 16 floats more than are needed
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats(memory)) + 63) / 64 * 64);
 }
 
 // Deals units out over the threads, each with a scratch of its own. A thread is woken for 20 us of work: about `cost`
 // multiply-adds in that time.
-template <class Kernel> void run(Ssd s, const Tensor& like, int64_t units, int64_t scratch, int64_t cost, Kernel kernel) {
+template <class Kernel>
+void run(Ssd s, const Tensor& like, int64_t units, int64_t scratch, int64_t cost, Kernel kernel) {
   if (units == 0) return;
   const int64_t work = s.batch * s.time * s.heads * s.width * s.states / cost + 1;
   int64_t lanes = torch::stable::get_num_threads();
@@ -60,7 +67,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, const Tens
                                    double dt_low, double dt_high, bool return_state, bool exact, int64_t chunk) {
   Arguments<twin> args(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus, dt_low, dt_high);
   Ssd& s = args.s;
-  const Tensor y = new_tensor_like(x, x.scalar_type());
+  const Tensor y = large_like<twin>(x);
   const std::initializer_list<int64_t> states = {s.sequences, s.heads, s.width, s.states};
   const Tensor last = return_state ? new_tensor(x, states, ScalarType::Float) : absent(x);
   if (args.invalid()) {
@@ -70,7 +77,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, const Tens
   s.y = view(y);
   s.state_out = return_state ? floats(last) : nullptr;
   s.exact = exact;
-  s.chunk = chunk;
+  s.chunk = checked(chunk);
   compute<twin>(s, x);
   return {y, last};
 }
@@ -88,15 +95,16 @@ void backward_on_cpu(Ssd& s, const Tensor& like) {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <Twin twin>
-Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const Tensor& x, const Tensor& dt, const Tensor& A,
-                   const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const Tensor& x, const Tensor& dt,
+                   const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
                    const OptionalTensor& dt_bias, const OptionalTensor& state, const OptionalTensor& cu_seqlens,
                    bool dt_softplus, double dt_low, double dt_high, int64_t chunk) {
   Arguments<twin> args(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, dt_softplus, dt_low, dt_high);
   Ssd& s = args.s;
   const auto like = [](const Tensor& t) { return new_tensor_like(t, t.scalar_type()); };
   const auto sum_for = [&](const OptionalTensor& t) { return t ? new_tensor_like(*t, ScalarType::Float) : absent(x); };
-  const Tensor dx = like(x), ddt = like(dt), dB = like(B), dC = like(C), dz = z ? like(*z) : absent(x);
+  const Tensor dx = large_like<twin>(x), ddt = like(dt), dB = like(B), dC = like(C);
+  const Tensor dz = z ? large_like<twin>(*z) : absent(x);
   const Tensor dA = sum_for(A), dD = sum_for(D), dbias = sum_for(dt_bias), dstate = sum_for(state);
   const auto result = [&]() -> Gradients {
     const auto as = [](const Tensor& t, const OptionalTensor& like) { return like ? cast(t, like->scalar_type()) : t; };
@@ -106,16 +114,19 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
     fill_nan({dx, ddt, dA, dB, dC, dD, dz, dbias, dstate});
     return result();
   }
-  s.chunk = chunk;
+  s.chunk = checked(chunk);
   Tensor ungated = absent(x);   // the gate's gradient needs what it multiplied: computed again, in float32
   if (z) {
-    ungated = new_tensor_like(x, ScalarType::Float);
+    ungated = in_huge_pages<twin>(new_tensor_like(x, ScalarType::Float));
     Ssd before = s;
+    before.dot = false;
     before.z = View{};
     before.y = view(ungated);
     compute<twin>(before, x);
     s.ungated = view(ungated);
   }
+  expect_sizes("dy", dy, {s.batch, s.time, s.heads, s.width});
+  expect_sizes("dlast", dlast, {s.sequences, s.heads, s.width, s.states});
   const OptionalTensor dy_rows = rows_contiguous(dy), dlast_f = as_float32(dlast);
   s.dy = view(dy_rows);
   s.dstate_out = floats(dlast_f);
@@ -138,8 +149,8 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
 
 template <Twin twin>
 Tensor step(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-            const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus, double dt_low,
-            double dt_high) {
+            const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus,
+            double dt_low, double dt_high) {
   STD_TORCH_CHECK(x.dim() == 3 && B.dim() == 3, "x is not [B, H, P] or B is not [B, G, N]");
   const int64_t batch = x.size(0), heads = x.size(1), width = x.size(2), groups = B.size(1), states = B.size(2);
   const bool per_channel = D && D->dim() == 2;

@@ -4,8 +4,8 @@
 //   S[t] = exp(delta[t] A) S[t-1] + delta[t] x[t] B[t]^T               S: [P, N]
 //   y[t] = (S[t] C[t] + D x[t]) silu(z[t])                             without z: no gate
 //
-// per head h; head h reads group h / (H / G) of B and C. In chunks of Q tokens, L[i] the sum of delta A up to token i of
-// the chunk and S the state before it:
+// per head h; head h reads group h / (H / G) of B and C. In chunks of Q tokens, L[i] the sum of delta A up to token i
+// of the chunk and S the state before it:
 //
 //   y[i] = exp(L[i]) S C[i] + sum_{j <= i} <C[i], B[j]> exp(L[i] - L[j]) delta[j] x[j]
 //   S'   = exp(L[Q]) S + sum_j exp(L[Q] - L[j]) delta[j] x[j] B[j]^T
@@ -15,12 +15,15 @@
 // The gradient, with v the ungated output, dv = dy silu(z), G the gradient of the state after the chunk:
 //
 //   U[j] = sum_{i >= j} <C[i], B[j]> exp(L[i] - L[j]) dv[i] + exp(L[Q] - L[j]) G B[j]
-//   E[i, j] = <dv[i], x[j]> delta[j] exp(L[i] - L[j]), i >= j          G before the chunk = exp(L[Q]) G + sum_i exp(L[i]) dv[i] C[i]^T
+//   E[i, j] = <dv[i], x[j]> delta[j] exp(L[i] - L[j]), i >= j
+//   G before the chunk = exp(L[Q]) G + sum_i exp(L[i]) dv[i] C[i]^T
 //   dx[j] = delta[j] U[j] + D dv[j]       dz = dy v silu'(z)           dD = sum_t dv x
-//   dC[i] = sum_j E[i, j] B[j] + exp(L[i]) S^T dv[i]                   dB[j] = sum_i E[i, j] C[i] + exp(L[Q] - L[j]) delta[j] G^T x[j]
-//   da[k] = sum_{i >= k} exp(L[i]) <dv[i], S C[i]> + exp(L[Q]) <G, S>  + sum_{j < k} exp(L[Q] - L[j]) delta[j] <x[j], G B[j]>
-//           + sum_{j < k <= i} E[i, j] <C[i], B[j]>
-//   ddelta[k] = <U[k], x[k]> + A da[k]    dA = sum_t delta da          ddt = ddelta where low <= delta <= high, times softplus'
+//   dC[i] = sum_j E[i, j] B[j] + exp(L[i]) S^T dv[i]
+//   dB[j] = sum_i E[i, j] C[i] + exp(L[Q] - L[j]) delta[j] G^T x[j]
+//   da[k] = sum_{i >= k} exp(L[i]) <dv[i], S C[i]> + exp(L[Q]) <G, S>
+//           + sum_{j < k} exp(L[Q] - L[j]) delta[j] <x[j], G B[j]> + sum_{j < k <= i} E[i, j] <C[i], B[j]>
+//   ddelta[k] = <U[k], x[k]> + A da[k]    dA = sum_t delta da
+//   ddt = ddelta where low <= delta <= high, times softplus'
 #pragma once
 #include <cstdint>
 
@@ -38,7 +41,7 @@ struct Ssd {
   int64_t D_width;              // 1 or P
   bool dt_softplus;
   float dt_low, dt_high;
-  const int64_t* cu_seqlens;    // [S + 1] or null: every row is one sequence. CUDA: only where sequence_of says it is valid
+  const int64_t* cu_seqlens;    // [S + 1] or null: every row is one sequence. CUDA: where sequence_of says it is valid
   const int32_t* sequence_of;   // CUDA: [T + 1] as in cuda/packing.h, or null; -1 throughout: all outputs are NaN
   int64_t sequences;            // S, or B
   const float* state;           // [S, H, P, N] before the first token; null: zeros
@@ -59,7 +62,7 @@ struct Ssd {
   float *dA, *dD, *dbias;       // [H], [H, D_width], [H]; the last two or null
 
   int64_t threads;              // CPU: how many will share the units
-  float* scratch;               // CPU: of the thread, ssd_forward_scratch(s) or ssd_backward_scratch(s) floats, 64-byte aligned
+  float* scratch;               // CPU: of the thread, ssd_*_scratch(s) floats, 64-byte aligned
   float* workspace;             // of the call: ssd_*_workspace(s) floats, 64-byte aligned
 };
 
@@ -78,9 +81,9 @@ struct SsdStep {
 
 constexpr float kLeast = -1000.f;   // exp of it is 0 in any float
 
-// Work units. Forward: ssd_forward_units(s), each a sequence and some heads. Backward: ssd_backward_units(s) of the same
-// kind, which leave sums over heads and tokens in the workspace; then ssd_reduce_tokens, B T units, and ssd_reduce_heads, H
-// units, add them up in a fixed order. Step: B H.
+// Work units. Forward: ssd_forward_units(s), each a sequence and some heads. Backward: ssd_backward_units(s) of the
+// same kind, which leave sums over heads and tokens in the workspace; then ssd_reduce_tokens, B T units, and
+// ssd_reduce_heads, H units, add them up in a fixed order. Step: B H.
 namespace v2 {
 int64_t ssd_forward_units(const Ssd&);
 int64_t ssd_forward_scratch(const Ssd&);

@@ -7,7 +7,8 @@ constexpr int kRows = 4;   // channels at a time: they share a vector of B and C
 
 // Channels [0, R) of S, `stride` apart, one token on; total[i] = their parts of <C, S>.
 template <bool slow, int R, class T>
-inline void advance(const SsdStep& s, T* S, int64_t stride, int64_t B, int64_t C, vf decay, const float* dx, vf* total) {
+inline void advance(const SsdStep& s, T* S, int64_t stride, int64_t B, int64_t C, vf decay, const float* dx,
+                    vf* total) {
   vf sum[R] = {};
   for (int64_t n = 0; n < s.states; n += W) {
     const int64_t left = s.states - n;
@@ -39,7 +40,9 @@ template <bool slow, class T> void step_head(const SsdStep& s, int64_t b, int64_
     vf total[W] = {};
     int64_t r = 0;
     T* const S = state + p * stride;
-    for (; r + kRows <= rows; r += kRows) advance<slow, kRows>(s, S + r * stride, stride, B, C, left, dx + r, total + r);
+    for (; r + kRows <= rows; r += kRows) {
+      advance<slow, kRows>(s, S + r * stride, stride, B, C, left, dx + r, total + r);
+    }
     for (; r < rows; ++r) advance<slow, 1>(s, S + r * stride, stride, B, C, left, dx + r, total + r);
     store(s.y, y_at + p, output(s, sum_rows(total), x, z_at + p, h, p), rows);
   }

@@ -19,8 +19,8 @@ template <class S> inline vf step_size(const S& s, vf dt, vf bias) {
 // The logarithm of the decay; NaN where A is not <= 0.
 inline vf log_decay(vf delta, vf A) { return select(A <= 0.f, at_least(delta * A, kLeast), splat(NAN)); }
 
-// What a step leaves of a state, from its log decay. The decay of a slow step is close to 1, and a float would round away
-// what a long memory is made of: it is kept, and applied, as its difference from 1.
+// What a step leaves of a state, from its log decay. The decay of a slow step is close to 1, and a float would round
+// away what a long memory is made of: it is kept, and applied, as its difference from 1.
 inline vi is_slow(vf log_a) { return log_a > kSlow; }
 inline vf decay_of(vf log_a) { return select(is_slow(log_a), expm1_unit(log_a), exp(log_a)); }
 template <bool slow> inline vf decayed(vf decay, vf S) { return slow ? fma(decay, S, S) : decay * S; }

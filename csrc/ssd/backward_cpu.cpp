@@ -175,7 +175,7 @@ int64_t ssd_backward_workspace(const Ssd& s) { return slab_floats(s) + s.sequenc
 
 void ssd_backward(const Ssd& s, int64_t begin, int64_t end) {
   const unsigned mode = flush_denormals();
-  for (int64_t unit = begin; unit < end; ++unit) walk(s, unit_at(s, kHeads, unit));
+  for (int64_t unit = begin; unit < end; ++unit) walk(s, unit_at(s, most_heads(s), unit));
   restore_denormals(mode);
 }
 

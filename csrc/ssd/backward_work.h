@@ -7,12 +7,24 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int64_t kHeads = 6;     // of a unit, on any machine: its dB and dC are summed before they are written
+constexpr int64_t kHeads = 6;     // of a unit: its dB and dC are summed before they are written
+constexpr int64_t kUnits = 8;     // fewer, and units have half as many heads, on any machine
 constexpr int64_t kChunk = 64;
-constexpr int64_t kSpan = 128;    // chunks of which the states are kept at a time, or the root of their number
+constexpr int64_t kKept = 4 << 20;   // floats of states kept at a time, unless the root of the chunks are more
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int64_t blocks(const Ssd& s) { return blocks_of_group(s, kHeads); }
+inline int64_t most_heads(const Ssd& s) {
+  const int64_t units = s.sequences * s.groups * blocks_of_group(s, kHeads), per_group = s.heads / s.groups;
+  return std::clamp<int64_t>(per_group, 1, units < kUnits ? kHeads / 2 : kHeads);
+}
+inline int64_t blocks(const Ssd& s) { return blocks_of_group(s, most_heads(s)); }
+
+inline int64_t longest_sequence(const Ssd& s) {
+  if (!s.cu_seqlens) return s.time;
+  int64_t longest = 0;
+  for (int64_t q = 0; q < s.sequences; ++q) longest = std::max(longest, s.cu_seqlens[q + 1] - s.cu_seqlens[q]);
+  return longest;
+}
 
 // The workspace: dB and dC of every block, unless it is the only one of its group; dA, ddt_bias and dD of every
 // sequence.
@@ -46,16 +58,16 @@ struct Work {
   int64_t floats;                                 // in all
 
   Work(const Ssd& s, float* scratch) {
-    const int64_t time = std::max<int64_t>(s.time, 1), heads = std::min(kHeads, s.heads / s.groups);
+    const int64_t time = std::max<int64_t>(longest_sequence(s), 1), heads = most_heads(s);
     chunk = std::min(s.chunk ? s.chunk : kChunk, time);
     const int64_t chunks = ceil_div(time, chunk);
-    span = kSpan;
-    while (span * span < chunks) span *= 2;
-    span = std::min(span, chunks);
     tokens = whole_vectors(chunk);
     states = whole_vectors(s.states);
     width = whole_vectors(s.width);
     state_size = s.states * width;
+    span = std::max<int64_t>(kKept / std::max<int64_t>(heads * state_size, 1), 1);
+    while (span * span < chunks) ++span;
+    span = std::min(span, chunks);
     Scratch m{scratch};
     for (float** p : {&B, &C}) *p = m.take(tokens * states);
     for (float** p : {&Bt, &Ct, &dBt, &dCt}) *p = m.take(s.states * tokens);

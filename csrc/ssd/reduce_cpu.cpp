@@ -5,6 +5,7 @@ namespace pyseq::PYSEQ_ISA {
 
 void ssd_reduce_tokens(const Ssd& s, int64_t begin, int64_t end) {
   if (whole_groups(s)) return;
+  const int64_t all = blocks(s);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i / s.time, t = i % s.time;
     for (int64_t group = 0; group < s.groups; ++group) {
@@ -12,7 +13,7 @@ void ssd_reduce_tokens(const Ssd& s, int64_t begin, int64_t end) {
       const int64_t dC = row * s.dC.stride[0] + t * s.dC.stride[1] + group * s.dC.stride[2];
       for (int64_t n = 0; n < s.states; n += W) {
         vf sum_B{}, sum_C{};
-        for (int64_t block = 0; block < blocks(s); ++block) {
+        for (int64_t block = 0; block < all; ++block) {
           const float* from = slab(s, block, i, group) + n;
           sum_B += load(from, s.states - n);
           sum_C += load(from + s.states, s.states - n);

@@ -11,7 +11,7 @@ inline vi lane_numbers() {
   return v;
 }
 
-// use(i, j, exp(L[i] - L[t]) for the W tokens t from j) for t <= i, 0 for those behind i. Decays from further back than
+// use(i, j, exp(L[i] - L[t]) for the W tokens t from j, t <= i). Decays from further back than
 // where the W tokens of i begin are split there into two factors of at most 1; those within are exponentials of
 // differences of sums in two floats, high and low.
 template <class Use> inline void for_decays(const Decays& d, Use use) {
@@ -28,21 +28,23 @@ template <class Use> inline void for_decays(const Decays& d, Use use) {
     store(near, exp(load(high)));
     for (int64_t j = 0; j < i; j += W) {
       const vf far = exp(narrow(d.L + j, -1, start));
-      for (int64_t r = 0; r < rows; ++r) use(i + r, j, splat(near[r]) * far);
+      for (int64_t r = 0; r < rows; ++r) use(i + r, j, splat(near[r]) * far, splat_int(-1));
     }
     for (int64_t r = 0; r < rows; ++r) {
       const vf L = (splat(high[r]) - load(high)) + (splat(low[r]) - load(low));
-      use(i + r, i, exp(select(lane <= int32_t(r), L, splat(kLeast))));
+      const vi seen = lane <= int32_t(r);
+      use(i + r, i, exp(select(seen, L, splat(kLeast))), seen);
     }
   }
 }
 
-// Y arrives as <dv[i], x[j]>. With the decay F[i, j] = exp(L[i] - L[j]): E += Y F delta[j], M = CB F, Y = Y F CB.
+// Y arrives as <dv[i], x[j]>. With the decay F[i, j] = exp(L[i] - L[j]): E += Y F delta[j], M = CB F, Y = Y F CB. All
+// are 0 above the diagonal, also where a token that has yet to come is NaN.
 inline void decay_scores(const Work& w, const Decays& decays, const float* delta) {
-  for_decays(decays, [&](int64_t i, int64_t j, vf F) {
+  for_decays(decays, [&](int64_t i, int64_t j, vf F, vi seen) {
     const int64_t at = i * w.tokens + j;
-    const vf score = load(w.Y + at) * F, CB = load(w.CB + at);
-    store(w.E + at, fma(score, load(delta + j), load(w.E + at)));
+    const vf score = select(seen, load(w.Y + at) * F, vf{}), CB = select(seen, load(w.CB + at), vf{});
+    store(w.E + at, fma(score, select(seen, load(delta + j), vf{}), load(w.E + at)));
     store(w.M + at, CB * F);
     store(w.Y + at, score * CB);
   });
@@ -75,7 +77,7 @@ inline void sum_scores(const Work& w, int64_t tokens, const float* delta) {
   }
 }
 
-// d delta / d dt of a head: zero where the limits cut delta off
+// d delta / d dt of a head: -1 where the limits cut delta off
 inline void read_slopes(const Ssd& s, const Place& p, float* slope) {
   const int64_t tokens = p.chunk.tokens;
   const vf bias = splat(s.dt_bias ? s.dt_bias[p.head()] : 0.f);
@@ -83,7 +85,7 @@ inline void read_slopes(const Ssd& s, const Place& p, float* slope) {
   for (int64_t t = 0; t < tokens; t += W) {
     vf delta = load(slope + t, tokens - t) + bias, d = splat(1.f);
     if (s.dt_softplus) delta = softplus(delta, d);
-    store(slope + t, select((delta < s.dt_low) | (delta > s.dt_high), vf{}, d));
+    store(slope + t, select((delta < s.dt_low) | (delta > s.dt_high), splat(-1.f), d));
   }
 }
 
@@ -91,6 +93,7 @@ inline void read_slopes(const Ssd& s, const Place& p, float* slope) {
 inline void write_steps(const Ssd& s, const Work& w, const Place& p, const Decays& decays, const float* delta,
                         float GS) {
   const double A = s.A[p.head()];
+  const float cut_off = A <= 0 ? 0.f : NAN;   // whatever reaches delta there, unless the head has no gradient
   float* const slope = w.weight;   // no longer needed
   read_slopes(s, p, slope);
   double sum = 0;   // of what the tokens before t put into the state after the chunk
@@ -104,7 +107,7 @@ inline void write_steps(const Ssd& s, const Work& w, const Place& p, const Decay
   for (int64_t t = p.chunk.tokens - 1; t >= 0; --t) {
     sum += double(decays.before[t]) * w.dots_C[t];
     const double da = sum + w.crossing[t], ddelta = double(w.columns[t]) + w.dots_B[t] + A * da;
-    const float ddt = float(ddelta * slope[t]);
+    const float ddt = slope[t] < 0.f ? cut_off : float(ddelta * slope[t]);
     dA += delta[t] * da;
     dbias += ddt;
     store(s.ddt, p.at(s.ddt, t) + p.head(), splat(ddt), 1);

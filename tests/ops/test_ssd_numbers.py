@@ -259,3 +259,21 @@ def test_a_cut_anywhere_changes_rounding_only(at):
     second, state = pyseq.ssd(**(cut(arguments, at, 130) | {"state": state}))
     assert_close(torch.cat([first, second], 1), whole.double(), "y")
     assert_close(state, last.double(), "state")
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.05, 0.3)])
+@pytest.mark.parametrize("name", ["x", "dy"])
+def test_gradients_that_a_nan_does_not_reach_stay(name, limit):
+    names = ("x", "dt", "A", "B", "C")
+    arguments = {n: v for n, v in drawn(1, 140, 2, 3, 4).items() if n in names}
+    options = {"dt_softplus": True, "dt_limit": limit}
+    given = {**arguments, "dy": torch.randn(1, 140, 2, 3, generator=torch.Generator().manual_seed(1))}
+    given[name][0, 80, 1, 2] = float("nan")
+
+    def found(op, given):
+        leaves = {n: given[n].requires_grad_() for n in names}
+        return torch.autograd.grad(op(**leaves, **options), list(leaves.values()), given["dy"])
+
+    wide = {n: v.detach().double() for n, v in given.items()}
+    for n, grad, e in zip(names, found(pyseq.ssd, given), found(pyseq.reference.ssd, wide), strict=True):
+        assert torch.equal(grad.isnan(), e.isnan()), f"gradient of {n}"

@@ -36,6 +36,18 @@ int launch(dim3 grid, dim3 block, size_t dynamic_smem_bytes, void* stream, Argum
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// The most dynamic shared memory that a block may have on the current device.
+inline size_t shared_limit() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? size_t(bytes) : 0;
+#else
+  return simt::kMaxSharedMemory;
+#endif
+}
+
 // The dynamic shared memory of the block, aligned to 16 bytes at least.
 template <class T> __device__ __forceinline__ T* dynamic_smem() {
 #ifdef __CUDACC__

@@ -13,6 +13,7 @@ namespace pyseq {
 //   a[r] = A[g + 8 (r % 2)][4 e (r / 2) + e t, ...]
 //   b[r] = B[4 e r + e t, ...][g]
 //   d[r] = D[g + 8 (r / 2)][2 t + r % 2]
+// mma_tf32 is that of float where to_tf32 has rounded A and B, or their values, of bfloat16, need no rounding.
 #ifdef __CUDACC__
 
 template <class T> struct MmaAccumulator { using type = float; };
@@ -24,6 +25,13 @@ __device__ __forceinline__ unsigned to_tf32(unsigned bits) {
   return rounded;
 }
 
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 template <class T>
 __device__ __forceinline__ void mma(typename MmaAccumulator<T>::type (&d)[4], const unsigned (&a)[4],
                                     const unsigned (&b)[2]) {
@@ -33,11 +41,9 @@ __device__ __forceinline__ void mma(typename MmaAccumulator<T>::type (&d)[4], co
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else if constexpr (sizeof(T) == 4) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(to_tf32(a[0])), "r"(to_tf32(a[1])), "r"(to_tf32(a[2])), "r"(to_tf32(a[3])),
-                   "r"(to_tf32(b[0])), "r"(to_tf32(b[1])));
+    const unsigned rounded_a[4] = {to_tf32(a[0]), to_tf32(a[1]), to_tf32(a[2]), to_tf32(a[3])};
+    const unsigned rounded_b[2] = {to_tf32(b[0]), to_tf32(b[1])};
+    mma_tf32(d, rounded_a, rounded_b);
   } else if constexpr (std::is_same_v<T, __half>) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                  "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -54,6 +60,10 @@ __device__ __forceinline__ void mma(typename MmaAccumulator<T>::type (&d)[4], co
 
 #else
 using simt::mma;
+inline unsigned to_tf32(unsigned bits) {
+  return __float_as_uint(float(simt::widen(__uint_as_float(bits))));
+}
+inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma<float>(d, a, b); }
 #endif
 
 // Loads n = 1, 2 or 4 matrices of 8 rows of 8 16-bit elements from shared memory: lane 8 i + j gives the address of row

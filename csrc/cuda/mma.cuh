@@ -13,7 +13,7 @@ namespace pyseq {
 //   a[r] = A[g + 8 (r % 2)][4 e (r / 2) + e t, ...]
 //   b[r] = B[4 e r + e t, ...][g]
 //   d[r] = D[g + 8 (r / 2)][2 t + r % 2]
-// mma_tf32 is that of float where to_tf32 has rounded A and B, or their values, of bfloat16, need no rounding.
+// mma_tf32 is that of float without the rounding: of A and B, the 13 last bits are cut off.
 #ifdef __CUDACC__
 
 template <class T> struct MmaAccumulator { using type = float; };
@@ -60,10 +60,10 @@ __device__ __forceinline__ void mma(typename MmaAccumulator<T>::type (&d)[4], co
 
 #else
 using simt::mma;
-inline unsigned to_tf32(unsigned bits) {
-  return __float_as_uint(float(simt::widen(__uint_as_float(bits))));
+inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const auto cut = [](unsigned bits) { return bits & ~0x1fffu; };
+  mma<float>(d, {cut(a[0]), cut(a[1]), cut(a[2]), cut(a[3])}, {cut(b[0]), cut(b[1])});
 }
-inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma<float>(d, a, b); }
 #endif
 
 // Loads n = 1, 2 or 4 matrices of 8 rows of 8 16-bit elements from shared memory: lane 8 i + j gives the address of row

@@ -23,12 +23,16 @@ template <int width> struct Rows {
   __device__ __forceinline__ unsigned char* at(int token, int unit) const {
     return memory + token * kPitch + (kUnits >= 8 ? unit : unit ^ (token >> 1 & 3)) * 16;
   }
-  // Unit `i` of all, in order of tokens; zeros for tokens from `tokens` on and columns from `columns` on.
-  __device__ __forceinline__ void copy(int i, const __nv_bfloat16* from, int64_t stride, int tokens,
+  // Copies what thread i of n copies: neighbours have neighbouring units. Zeros for tokens from `tokens` on and columns
+  // from `columns` on.
+  __device__ __forceinline__ void copy(int i, int n, const __nv_bfloat16* from, int64_t stride, int tokens,
                                        int columns) const {
-    const int token = i / kUnits, unit = i % kUnits;
-    const bool there = token < tokens && unit * kUnit < columns;
-    cp_async<16>(at(token, unit), from + token * stride + unit * kUnit, there ? 16 : 0);
+    int token = i / kUnits;
+    const int unit = i % kUnits, bytes = unit * kUnit < columns ? 16 : 0, step = n / kUnits;
+    from += token * stride + unit * kUnit;
+    unsigned char* to = at(token, unit);   // steps are of 8 tokens: units move alike
+    for (; token < kQ; token += step, from += step * stride, to += step * kPitch)
+      cp_async<16>(to, from, token < tokens ? bytes : 0);
   }
   // Tokens 16 i, .. of units u and u + 1, as mma takes 16 x 16 from A; transposed as it takes them from B, or A^T.
   template <bool transposed> __device__ __forceinline__ void load(unsigned (&r)[4], int i, int u, int lane) const {
@@ -36,10 +40,10 @@ template <int width> struct Rows {
   }
 };
 
-// What a warp keeps of its head's steps, per token: L as the sum of two floats, in powers of 2; delta; exp(L), by which
-// the state before the chunk comes in; exp(L[Q] - L) delta, by which the token goes into the state after it.
+// What a warp keeps of its head's steps, per token: L as the sum of two floats, in powers of 2; delta; and of its 16
+// tokens, exp(L - L before them) and exp(L at their end - L) delta. Across them exponentials are products of such.
 struct Steps {
-  float high[kQ], low[kQ], delta[kQ], in[kQ], out[kQ];
+  float high[kQ], low[kQ], delta[kQ], row[kQ], column[kQ];
 };
 
 struct TwoFloats {
@@ -64,16 +68,19 @@ __device__ __forceinline__ void sum_steps(Steps& to, const float (&delta)[2], fl
     if (lane >= d) sum = before + sum;
   }
   const TwoFloats before{__shfl_up_sync(~0u, sum.high, 1), __shfl_up_sync(~0u, sum.low, 1)};
-  const TwoFloats total{__shfl_sync(~0u, sum.high, 31), __shfl_sync(~0u, sum.low, 31)};
   const TwoFloats L[2] = {lane ? before + first : first, sum};
+  const int last = lane | 7;   // 8 lanes have 16 tokens
+  const TwoFloats after{__shfl_sync(~0u, sum.high, last), __shfl_sync(~0u, sum.low, last)};
+  const TwoFloats carried{__shfl_sync(~0u, sum.high, (last - 8) & 31), __shfl_sync(~0u, sum.low, (last - 8) & 31)};
+  const TwoFloats start = lane < 8 ? TwoFloats{} : carried;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int token = 2 * lane + i;
+    to.row[token] = ex2(difference(L[i], start));
+    to.column[token] = ex2(difference(after, L[i])) * delta[i];
     to.high[token] = L[i].high;
     to.low[token] = L[i].low;
     to.delta[token] = delta[i];
-    to.in[token] = ex2(L[i].high + L[i].low);
-    to.out[token] = ex2(difference(total, L[i])) * delta[i];
   }
 }
 

@@ -33,52 +33,41 @@ __device__ __forceinline__ void from_state(Output& y, const State<N>& S, const C
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* const state = S.v[j / 2][2 * k + e] + j % 2 * 2;
-        const unsigned b[2] = {to_tf32(__float_as_uint(state[0])), to_tf32(__float_as_uint(state[1]))};
+        const unsigned b[2] = {__float_as_uint(state[0]), __float_as_uint(state[1])};
 #pragma unroll
         for (int m = 0; m < 2; ++m) mma_tf32(y.v[m][j], a[m], b);
       }
     }
   }
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < 2; ++m) {
+    const float before = c.between(2 * h + m - 1, -1);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const float in = c.steps().in[32 * h + 16 * m + c.g + r / 2 * 8];
+      const float in = before * c.steps().row[32 * h + 16 * m + c.g + r / 2 * 8];
 #pragma unroll
       for (int j = 0; j < 4; ++j) y.v[m][j][r] *= in;
     }
+  }
 }
 
-// Scores of 16 x 16 tokens times exp(L[i] - L[j]) delta[j], as operand A in tf32. Below the diagonal the exponential is
-// a product of two, by way of the token before the first of the rows.
-struct Boundary {
-  TwoFloats L;
-  float rows[2];
-};
-template <int N> __device__ __forceinline__ Boundary boundary(const Chunk<N>& c, int i) {
-  Boundary b{c.L(16 * i - 1), {}};
-#pragma unroll
-  for (int r = 0; r < 2; ++r) b.rows[r] = ex2(difference(c.L(16 * i + c.g + 8 * r), b.L));
-  return b;
-}
-// In the order of the lane's elements of mma's sum to that of its operand A, where a pair of columns is t and t + 4.
+// Scores of 16 x 16 tokens times exp(L[i] - L[j]) delta[j], as operand A in tf32: from the order of the lane's elements
+// of mma's sum to that of its operand A, where a pair of columns is t and t + 4.
 __device__ __forceinline__ void operand(unsigned (&a)[4], const Vec<4>& sum) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) a[r] = to_tf32(__float_as_uint(sum[r % 2 * 2 + r / 2]));
+  for (int r = 0; r < 4; ++r) a[r] = __float_as_uint(sum[r % 2 * 2 + r / 2]);
 }
-template <int N>
-__device__ __forceinline__ void below(unsigned (&a)[2][4], const Chunk<N>& c, int i, int j, const Boundary& b) {
+template <int N> __device__ __forceinline__ void below(unsigned (&a)[2][4], const Chunk<N>& c, int i, int j) {
+  const float between = c.between(i - 1, j);
+  float row[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) row[r] = between * c.steps().row[16 * i + c.g + 8 * r];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Vec<4> score = load_vec<4>(c.score(i * (i + 1) / 2 + j, half));
-    float column[2];
+    const Vec<2> column = load_vec<2>(c.steps().column + 16 * j + 8 * half + 2 * c.t);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int token = 16 * j + 8 * half + 2 * c.t + e;
-      column[e] = ex2(difference(b.L, c.L(token))) * c.steps().delta[token];
-    }
-#pragma unroll
-    for (int r = 0; r < 4; ++r) score[r] *= column[r % 2] * b.rows[r / 2];
+    for (int r = 0; r < 4; ++r) score[r] *= column[r % 2] * row[r / 2];
     operand(a[half], score);
   }
 }
@@ -86,21 +75,21 @@ template <int N> __device__ __forceinline__ void diagonal(unsigned (&a)[2][4], c
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Vec<4> score = load_vec<4>(c.score(i * (i + 1) / 2 + i, half));
+    const int first = 16 * i + 8 * half + 2 * c.t;
+    const Vec<2> high = load_vec<2>(c.steps().high + first), low = load_vec<2>(c.steps().low + first);
+    const Vec<2> delta = load_vec<2>(c.steps().delta + first);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int row = c.g + r / 2 * 8, column = 8 * half + 2 * c.t + r % 2;
-      const float power = row < column ? 0.f : difference(c.L(16 * i + row), c.L(16 * i + column));
-      score[r] = row < column ? 0.f : score[r] * ex2(power) * c.steps().delta[16 * i + column];
+      const float power = difference(c.L(16 * i + row), {high[r % 2], low[r % 2]});
+      const bool later = row >= column;
+      score[r] = later ? score[r] * delta[r % 2] * ex2(later ? power : 0.f) : 0.f;
     }
     operand(a[half], score);
   }
 }
 
 template <int N> __device__ __forceinline__ void from_tokens(Output& y, const Chunk<N>& c, int h, int stage) {
-  Boundary before[2];
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-    if (2 * h + m > 0) before[m] = boundary(c, 2 * h + m);
 #pragma unroll 1
   for (int j = 0; j < 2 * h + 2; ++j) {
     unsigned x[2][4];
@@ -111,7 +100,7 @@ template <int N> __device__ __forceinline__ void from_tokens(Output& y, const Ch
       const int i = 2 * h + m;
       if (j > i) continue;
       unsigned a[2][4];
-      if (j < i) below(a, c, i, j, before[m]);
+      if (j < i) below(a, c, i, j);
       else diagonal(a, c, i);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -144,7 +133,6 @@ __device__ __forceinline__ void store_rows(Output& y, Gate& z, const Chunk<N>& c
                                            int tokens) {
   const View& to = c.s.y;
   const int64_t first = c.of_head(to, begin);
-  const float* const D = c.s.D ? c.s.D + c.at().head * c.s.D_width + (c.s.D_width > 1 ? c.at().first : 0) : nullptr;
   const int rows = c.at().rows;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -154,14 +142,13 @@ __device__ __forceinline__ void store_rows(Output& y, Gate& z, const Chunk<N>& c
       float* v[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) v[j] = y.v[m][j] + 2 * r;
-      if (D) {
+      if (c.s.D) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const unsigned x = *reinterpret_cast<const unsigned*>(c.x(stage).at(token, j) + 4 * c.t);
-          const int row = 8 * j + 2 * c.t;
-          const bool each = c.s.D_width > 1 && row < rows;
-          v[j][0] = fmaf(D[each ? row : 0], low_half(x), v[j][0]);
-          v[j][1] = fmaf(D[each ? row + 1 : 0], high_half(x), v[j][1]);
+          const Vec<2> D = load_vec<2>(c.at().D + 8 * j + 2 * c.t);
+          v[j][0] = fmaf(D[0], low_half(x), v[j][0]);
+          v[j][1] = fmaf(D[1], high_half(x), v[j][1]);
         }
       }
       if (c.s.z) {
@@ -180,13 +167,13 @@ __device__ __forceinline__ void store_rows(Output& y, Gate& z, const Chunk<N>& c
             store_vec<2>(static_cast<float*>(to.data) + at + 8 * j + 2 * c.t, Vec<2>{v[j][0], v[j][1]});
         continue;
       }
-      unsigned word[4];
+      alignas(16) unsigned word[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) word[j] = pack(v[j][0], v[j][1]);
       transpose(word, c.lane);
       if (token < tokens && 8 * c.t < rows)
         *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(to.data) + at + 8 * c.t) =
-            uint4{word[0], word[1], word[2], word[3]};
+            *reinterpret_cast<const uint4*>(word);
     }
 }
 

@@ -49,7 +49,8 @@ template <int N>
 __device__ __forceinline__ void weigh(unsigned (&wx)[2][kParts][4], const Chunk<N>& c, int stage, int q) {
   Vec<2> w[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) w[half] = load_vec<2>(c.steps().out + 16 * q + 8 * half + 2 * c.t);
+  for (int half = 0; half < 2; ++half) w[half] = load_vec<2>(c.steps().column + 16 * q + 8 * half + 2 * c.t);
+  const float after = c.between(kQ / 16 - 1, q);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     unsigned x[4];
@@ -57,7 +58,7 @@ __device__ __forceinline__ void weigh(unsigned (&wx)[2][kParts][4], const Chunk<
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int to = r == 1 ? 2 : r == 2 ? 1 : r;   // A has its second 8 rows, here of S, before its second 8 columns
-      float low = low_half(x[r]) * w[r % 2][0], high = high_half(x[r]) * w[r % 2][1];
+      float low = low_half(x[r]) * (after * w[r % 2][0]), high = high_half(x[r]) * (after * w[r % 2][1]);
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
         wx[i][k][to] = pack(low, high);
@@ -71,13 +72,14 @@ __device__ __forceinline__ void weigh(unsigned (&wx)[2][kParts][4], const Chunk<
 // those of S are needed.
 template <int N>
 __device__ __forceinline__ void advance(State<N>& S, const Chunk<N>& c, int stage) {
-  float decay = c.steps().in[kQ - 1];
+  float decay = c.between(kQ / 16 - 1, -1);
 #pragma unroll 1
   for (int q = 0; q < kQ / 16; ++q, decay = 1.f) {
     unsigned wx[2][kParts][4];
     weigh(wx, c, stage, q);
 #pragma unroll
     for (int j = 0; j < N / 16; ++j) {
+      if (j == N / 32) __syncwarp();   // not all of B is brought in at once: there are no registers for it
       unsigned b[4];
       c.B(stage).template load<true>(b, q, 2 * j, c.lane);
       float more[2][2][4] = {};

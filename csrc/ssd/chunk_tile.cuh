@@ -11,7 +11,7 @@ namespace {
 struct alignas(16) Tile {
   int sequence, segment, end;          // where the segment ends
   int row, head, group, first, rows;   // the row of the batch; the first row of the state, and how many there are
-  float A;
+  float A, sum, D[kRows];              // sum: L[Q] of the chunks of the segment
 };
 
 template <int N> struct Place {   // bytes
@@ -44,25 +44,38 @@ template <int N> struct Chunk {
     return at().row * x.stride[0] + begin * x.stride[1] + at().group * x.stride[2];
   }
   __device__ __forceinline__ TwoFloats L(int token) const { return {steps().high[token], steps().low[token]}; }
+  // exp(L at the end of 16 tokens i - L at the end of 16 tokens j), j = -1: the beginning of the chunk.
+  __device__ __forceinline__ float between(int i, int j) const {
+    return ex2(difference(i < 0 ? TwoFloats{} : L(16 * i + 15), j < 0 ? TwoFloats{} : L(16 * j + 15)));
+  }
 
   // The chunk's `tokens` tokens from token `begin` on.
   __device__ __forceinline__ void fetch_states(const View& x, const Rows<N>& to, int begin, int tokens) const {
     const auto* const from = static_cast<const __nv_bfloat16*>(x.data) + of_group(x, begin);
-    for (int i = int(threadIdx.x); i < kQ * Rows<N>::kUnits; i += int(blockDim.x))
-      to.copy(i, from, x.stride[1], tokens, int(s.states));
+    to.copy(opaque(int(threadIdx.x)), int(blockDim.x), from, x.stride[1], tokens, int(s.states));
   }
   __device__ __forceinline__ void fetch_rows(const Rows<kRows>& to, int begin, int tokens) const {
     const auto* const from = static_cast<const __nv_bfloat16*>(s.x.data) + of_head(s.x, begin);
-    const int rows = at().rows;
-#pragma unroll 2
-    for (int k = 0; k < kQ * Rows<kRows>::kUnits / 32; ++k) to.copy(k * 32 + lane, from, s.x.stride[1], tokens, rows);
+    to.copy(opaque(lane), 32, from, s.x.stride[1], tokens, at().rows);
   }
-  __device__ __forceinline__ void load_dt(float (&dt)[2], int begin, int tokens) const {
+  // The bits of dt as they are: to ask what they mean would be to wait for them.
+  __device__ __forceinline__ void load_dt(unsigned (&dt)[2], int begin, int tokens) const {
+    const int64_t step = s.dt.stride[1], from = at().row * s.dt.stride[0] + (begin + 2 * lane) * step + at().head;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int token = 2 * lane + i;
-      const int64_t from = at().row * s.dt.stride[0] + (begin + token) * s.dt.stride[1] + at().head;
-      dt[i] = token < tokens ? load(s.dt, from) : 0.f;
+      const bool there = 2 * lane + i < tokens;
+      if (s.dt.type == DType::f32) dt[i] = there ? static_cast<const uint32_t*>(s.dt.data)[from + i * step] : 0u;
+      else dt[i] = there ? static_cast<const uint16_t*>(s.dt.data)[from + i * step] : 0u;
+    }
+  }
+  // delta of those tokens, 0 where there are none.
+  __device__ __forceinline__ void convert_dt(float (&delta)[2], const unsigned (&dt)[2], int tokens) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float x = s.dt.type == DType::f32    ? __uint_as_float(dt[i])
+                      : s.dt.type == DType::bf16 ? low_half(dt[i])
+                                                 : __half2float(__ushort_as_half(static_cast<unsigned short>(dt[i])));
+      delta[i] = 2 * lane + i < tokens ? step_size(s, x, at().head) : 0.f;
     }
   }
 

@@ -45,7 +45,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ssd_chunk_kernel(Ssd s, Pl
   const int head = group * heads + (rows ? tile / p.tiles : 0);
   const Span span = span_of(s, sequence, segment, g.splits);
   const float A = span.valid ? s.A[head] : not_a_number();
-  if (lane == 0) c.at() = {sequence, segment, span.end, s.cu_seqlens ? 0 : sequence, head, group, first, rows, A};
+  const int row = s.cu_seqlens ? 0 : sequence;
+  if (lane == 0) c.at() = Tile{sequence, segment, span.end, row, head, group, first, rows, A, 0.f, {}};
+  __syncwarp();
+  if (s.D && lane < rows) c.at().D[lane] = s.D[head * s.D_width + (s.D_width > 1 ? first + lane : 0)];
   __syncwarp();
   // Places of the head's state: of the sequence, of the segment.
   const auto states = [&] { return (c.at().sequence * s.heads + c.at().head) * s.width * s.states; };
@@ -54,8 +57,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ssd_chunk_kernel(Ssd s, Pl
   const float* const given = s.state && span.valid ? s.state + states() : nullptr;
   const float* const between = kOutput ? g.states + own() * s.width * s.states : nullptr;
   load_state(S, segment == 0 ? given : between, c, span.valid ? 0.f : not_a_number());
-  TwoFloats sum{};
-  float dt[2] = {};
+  unsigned dt[2] = {};
   const auto fetch = [&](int t, int stage) {
     c.fetch_states(s.B, c.B(stage), t, c.at().end - t);
     c.fetch_rows(c.x(stage), t, c.at().end - t);
@@ -73,8 +75,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ssd_chunk_kernel(Ssd s, Pl
     cp_async_wait_all();
     __syncthreads();   // the chunk is there, and the one before has been used
     if (more) fetch(next, stage ^ 1);
-    const float delta[2] = {2 * lane < tokens ? step_size(s, dt[0], c.at().head) : 0.f,
-                            2 * lane + 1 < tokens ? step_size(s, dt[1], c.at().head) : 0.f};
+    float delta[2];
+    c.convert_dt(delta, dt, tokens);
     sum_steps(c.steps(), delta, c.at().A, lane);
     if (more) c.load_dt(dt, next, tokens - kQ);
     __syncwarp();
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ssd_chunk_kernel(Ssd s, Pl
       __syncthreads();   // C has been read
       if (more) c.fetch_states(s.C, c.C(), next, tokens - kQ);
     } else {
-      sum = sum + c.L(kQ - 1);
+      if (lane == 0) c.at().sum += c.L(kQ - 1).high + c.L(kQ - 1).low;
     }
     advance(S, c, stage);
   }
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ssd_chunk_kernel(Ssd s, Pl
     if (s.state_out && c.at().segment + 1 == g.splits) store_state(s.state_out + states(), S, c);
   } else {
     store_state(g.states + own() * s.width * s.states, S, c);
-    if (lane == 0 && c.at().first == 0 && c.at().rows > 0) g.decays[own()] = sum.high + sum.low;
+    if (lane == 0 && c.at().first == 0 && c.at().rows > 0) g.decays[own()] = c.at().sum;
   }
 }
 

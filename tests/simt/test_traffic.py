@@ -113,6 +113,11 @@ def aligned(name):
             arguments |= {"xBC": normal(b, h * p + 2 * n), "dt": normal(b, h), "conv_weight": normal(h * p + 2 * n, 4)}
             arguments |= {"conv_bias": normal(h * p + 2 * n), "A": -normal(h).exp(), "D": normal(h)}
             return arguments | {"dt_bias": normal(h), "norm_weight": normal(h * p)}
+        if name == "ssd":
+            arguments = {"x": normal(1, 128, 4, 64), "dt": normal(1, 128, 4) - 2, "A": -normal(4).exp()}
+            arguments |= {"B": normal(1, 128, 1, 128), "C": normal(1, 128, 1, 128), "D": normal(4)}
+            arguments |= {"z": normal(1, 128, 4, 64), "state": normal(1, 4, 64, 128)}
+            return arguments | {"dt_softplus": True, "return_state": True}
         if name == "mamba_step":
             r, b = 8, 4
             arguments = {"conv_state": normal(b, d, 3), "state": normal(b, d, n), "x": normal(b, d), "z": normal(b, d)}

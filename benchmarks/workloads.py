@@ -162,6 +162,33 @@ def mamba2_step(batch: int, heads: int, width: int, states: int) -> Work:
     return Work(name, "state", rows * states, (step, finish), goal=90e-6)
 
 
+def ssd(batch: int, time: int, heads: int) -> Work:
+    width, states, warps = 64, 128, 8             # of a block: 4 heads
+    chunks = batch * heads // 4 * time // 64
+    each = chunks * warps
+    size = 2 * batch * time * (2 * heads * width + 2 * states + heads)   # x, y; B, C; dt
+    forward = Launch(
+        "ssd_chunk_kernel<128, true>", blocks=batch * heads // 4, threads=32 * warps, dynamic_shared=139648,
+        bytes_moved=size,
+        instructions={"LDGSTS.128 -BAR": each * 16,                # copies
+                      "HMMA.1688 LDS.64 -BAR": each * 10 * 8},     # y from 10 blocks of scores
+        iterations={"BAR STS.32": each, "HMMA.16816 STS.128": each * 10 / 8,   # steps; scores
+                    "BAR HMMA.1688": each * 2, "HMMA.16816 -STS.128": each * 4},   # y from the state; the state
+    )
+    name = f"ssd, B{batch} T{time} H{heads} P{width} N{states} G1, bf16, forward"
+    return Work(name, "state", batch * time * heads * width * states, (forward,), goal=0.30e-3)
+
+
+def ssd_step(batch: int, heads: int, dtype: str) -> Work:
+    width, states, each = 64, 128, {"float": 4, "__nv_bfloat16": 2}[dtype]
+    size = batch * heads * width * states
+    moved = 2 * each * size + 2 * 2 * batch * heads * width + 2 * 2 * batch * states   # state twice; x, y; B, C
+    step = Launch(f"ssd_step_kernel<8, 4, {dtype}>", blocks=batch * heads, bytes_moved=moved,
+                  iterations={"SHFL": batch * heads * 4})
+    name = f"ssd_step, B{batch} H{heads} P{width} N{states}, {8 * each}-bit state, bf16"
+    return Work(name, "state", size, (step,), goal={4: 86e-6, 2: 43e-6}[each])
+
+
 WORKS = (
     *selective_scan(8, 2048, 4096),
     selective_scan_step(64, 5120),
@@ -169,5 +196,8 @@ WORKS = (
     mamba_step(64, 5120, 16, 160),
     mamba2_step(64, 80, 64, 128),
     *ema(8, 4096, 1024),
+    ssd(8, 4096, 64),
+    ssd_step(64, 80, "float"),
+    ssd_step(64, 80, "__nv_bfloat16"),
     rms_norm_gated(16384, 4096),
 )

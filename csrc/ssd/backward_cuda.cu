@@ -1,4 +1,5 @@
 // The gradient within a chunk, given the state before it and G after it.
+#include "cuda/opaque.cuh"
 #include "ssd/backward_local.cuh"
 
 namespace pyseq {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
   if (m.where.chunk.sequence < 0) return fill_nan(s, m.where);
   if (m.where.chunk.count == 0) return clear_skips(s, p, m.where);
   const int warp = threadIdx.x / 32, width = int(s.width), blocks = int(p.states + kWidth - 1) / kWidth;
-  Here at{s, p, m, int(threadIdx.x % 32), warp % 4, warp >= 4, 1.f, 1.f, 1.f, 1.f, {}, {}};
+  Here at{s, p, m, int(threadIdx.x % 32), warp % 4, warp >= 4, {}, {}};
   at.find_units();
 #pragma unroll 1
   for (int n = blocks - 1; n >= 0; --n) {
@@ -63,10 +64,12 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
 #pragma unroll 1
       for (int channel = 0; channel < width; channel += kBlockWidth) {
         __syncthreads();
-        at.stage_tokens(head, channel, n == 0);
+        at.lane = opaque(at.lane);   // or addresses take registers all along
         at.stage_state(m.S, p.before, head, channel, n * kWidth);
+        at.stage_tokens(head, channel, n == 0);
         if (n == 0) {
           Result(&U)[4] = at.E;
+          float unit_U = 1.f;
           if (!at.ends) at.clear_E();
 #pragma unroll 1
           for (int k = blocks - 1; k >= 0; --k) {
@@ -75,23 +78,27 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
               at.stage_shared(k * kWidth, true, false);
             }
             at.stage_state(m.G, p.after, head, channel, k * kWidth);
+            cp_async_wait_all();
             __syncthreads();
-            if (!at.ends) at.add_from_state(U, at.state_unit(1, head, channel, k * kWidth));
+            const float unit = at.state_unit(1, head, channel, k * kWidth);
+            if (!at.ends) at.add_from_state(U, unit_U * at.scale(unit));
+            unit_U = unit;
           }
           if (at.ends) {
             at.add_E(head, channel == 0);
           } else {
             float dots[2];
-            at.row_dots(dots, U, at.unit_B * at.unit_x);
+            at.row_dots(dots, U, unit_U * m.unit_B * m.unit_x);
             at.add_rows(dots, head, kGBx, channel == 0);
-            at.add_from_tokens(U);
-            at.row_dots(dots, U, at.token_unit() * at.unit_x);
+            at.add_from_tokens(U, unit_U);
+            at.row_dots(dots, U, at.token_unit() * m.unit_x);
             at.add_rows(dots, head, kUx, channel == 0);
             at.store_dx(U, head, channel);
             if (s.D) at.store_skip(head, channel);
           }
         } else {
           at.stage_state(m.G, p.after, head, channel, n * kWidth);
+          cp_async_wait_all();
           __syncthreads();
         }
         const float unit_S = at.state_unit(0, head, channel, n * kWidth), unit_G = at.state_unit(1, head, channel, n * kWidth);
@@ -99,6 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
         else at.add_dB(unit_G);
       }
     }
+    at.lane = opaque(at.lane);
     at.store_shared(n * kWidth);
   }
 }

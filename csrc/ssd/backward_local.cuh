@@ -4,6 +4,7 @@
 // between j and i, <dv, S C> and dC. dB, dC and E are summed over heads in registers. What is in float16 is in units of its own,
 // all 1 for Full.
 #pragma once
+#include "cuda/async.cuh"
 #include "ssd/backward.cuh"
 #include "ssd/operands.cuh"
 
@@ -30,7 +31,9 @@ template <class Policy> struct Memory {
   T x[kChunk][kRow], dv[kChunk][kRow];
   T scores[kChunk][kRow];               // <C[i], B[j]> in row j, in units of both / kLess
   float steps[kSteps * kChunk];
+  float inside[kChunk];                 // exp(L[t] - L of the first of the 16 tokens around t)
   float most[2][kThreads / 32];         // the largest numbers of B and C, of each warp
+  float unit_B, unit_C, unit_x, unit_dv;
   Where where;
 };
 
@@ -45,7 +48,6 @@ template <class Policy> struct Local {
   Memory<Policy>& m;
   int lane, tile;                       // tile: of 16 tokens
   bool ends;                            // this warp has tokens i
-  float unit_B, unit_C, unit_x, unit_dv;
   Result sum[kTiles];                   // dB or dC
   Result E[4];                          // columns j; the other warps keep U there
 
@@ -83,9 +85,10 @@ template <class Policy> struct Local {
   __device__ __forceinline__ int64_t at_shared(const View& x) const {
     return m.where.chunk.row * x.stride[0] + m.where.chunk.begin * x.stride[1] + m.where.group * x.stride[2];
   }
-  __device__ __forceinline__ void find_units() {
-    unit_B = unit_C = unit_x = unit_dv = 1.f;
-    if constexpr (Policy::kScaled) {
+  __device__ __forceinline__ void find_units() const {
+    if constexpr (!Policy::kScaled) {
+      if (threadIdx.x == 0) m.unit_B = m.unit_C = m.unit_x = m.unit_dv = 1.f;
+    } else {
       const int warp = threadIdx.x / 32;
       const auto largest = [&](const View& x, bool wide) {
         const int eights = int(p.states / 8);
@@ -102,7 +105,7 @@ template <class Policy> struct Local {
       const float B = largest(s.B, p.wide_B), C = largest(s.C, p.wide_C);
       if (lane == 0) m.most[0][warp] = B, m.most[1][warp] = C;
       __syncthreads();
-      unit_B = common_unit(m.most[0]), unit_C = common_unit(m.most[1]);
+      if (threadIdx.x == 0) m.unit_B = common_unit(m.most[0]), m.unit_C = common_unit(m.most[1]);
     }
   }
   static __device__ __forceinline__ float common_unit(const float (&most)[kThreads / 32]) {
@@ -114,24 +117,25 @@ template <class Policy> struct Local {
     const auto one = [&](T* to, const View& x, bool wide, float unit) {
       stage<kColumns<Policy>>(to, kState<Policy>, x, at_shared(x) + n, x.stride[1], m.where.chunk.count, s.states - n, wide, scale(unit));
     };
-    if (B) one(&m.B[0][0], s.B, p.wide_B, unit_B);
-    if (C) one(&m.C[0][0], s.C, p.wide_C, unit_C);
+    if (B) one(&m.B[0][0], s.B, p.wide_B, m.unit_B);
+    if (C) one(&m.C[0][0], s.C, p.wide_C, m.unit_C);
   }
   __device__ __forceinline__ void stage_state(T (*to)[kState<Policy>], float* all, int head, int channel, int n) {
     const T* const from = p.template state_of<T>(all, s, m.where.index, head) + channel * p.states + n;
-    constexpr int kEights = kColumns<Policy> / 8;
+    constexpr int kWord = 16 / sizeof(T), kWords = kColumns<Policy> / kWord;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kBlockWidth * kEights; i += kThreads) {
-      const int row = i / kEights, column = i % kEights * 8;
-      Vec<8> v{};
-      if (channel + row < s.width && n + column < p.states) v = load_vec<8>(from + row * p.states + column);
-      store_vec<8>(&to[row][column], v);
+    for (int i = threadIdx.x; i < kBlockWidth * kWords; i += kThreads) {
+      const int row = i / kWords, column = i % kWords * kWord;
+      const bool there = channel + row < s.width && n + column < p.states;
+      cp_async<16>(&to[row][column], from + (there ? row * int(p.states) + column : 0), there ? 16 : 0);
     }
   }
   __device__ __forceinline__ void stage_tokens(int head, int channel, bool first) {
+    float unit_x = 1.f, unit_dv = 1.f;
     if constexpr (Policy::kScaled) {
       const float* const units = p.units_of(s, m.where.index, head, channel);
       unit_x = units[0], unit_dv = units[1];
+      if (threadIdx.x == 0) m.unit_x = unit_x, m.unit_dv = unit_dv;
     }
     const int64_t at = m.where.chunk.row * s.x.stride[0] + m.where.chunk.begin * s.x.stride[1] + head * s.x.stride[2] + channel;
     stage<kBlockWidth>(&m.x[0][0], kRow, s.x, at, s.x.stride[1], m.where.chunk.count, s.width - channel, p.wide_x, scale(unit_x));
@@ -150,6 +154,10 @@ template <class Policy> struct Local {
     }
     const float* const steps = p.steps_of(s, m.where.index, head);
     for (int i = threadIdx.x; i < kSteps * kChunk; i += kThreads) m.steps[i] = steps[i];
+    if (const int t = threadIdx.x, begin = t / 16 * 16; t < kChunk) {
+      m.inside[t] = decay(steps[kHigh * kChunk + t] - steps[kHigh * kChunk + begin],
+                          steps[kLow * kChunk + t] - steps[kLow * kChunk + begin]);
+    }
   }
 
   // ---- products ----
@@ -177,21 +185,18 @@ template <class Policy> struct Local {
     }
   }
 
-  // U += B G^T, in units of B.
-  __device__ __forceinline__ void add_from_state(Result (&U)[4], float unit_G) const {
-    Result sum[4] = {};
-#pragma unroll 2
+  // U = U times `scale`, + B G^T, in units of both.
+  __device__ __forceinline__ void add_from_state(Result (&U)[4], float scale) const {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) U[i / 8][i / 4 % 2][i % 4] *= scale;
+#pragma unroll 1
     for (int k = 0; k < kColumns<Policy>; k += 16) {
       const A a = Policy::template load_a<false>(Tile{&m.B[16 * tile][k], kState<Policy>}, lane);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        Policy::multiply(sum[n], a, Policy::template load_b<true>(Tile{&m.G[16 * n][k], kState<Policy>}, lane));
+        Policy::multiply(U[n], a, Policy::template load_b<true>(Tile{&m.G[16 * n][k], kState<Policy>}, lane));
       }
     }
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) U[n][i / 4][i % 4] = fmaf(unit_G, sum[n][i / 4][i % 4], U[n][i / 4][i % 4]);
   }
   // <U, x> of each row, times `unit`.
   __device__ __forceinline__ void row_dots(float (&dots)[2], const Result (&U)[4], float unit) const {
@@ -206,9 +211,9 @@ template <class Policy> struct Local {
     dots[0] *= unit, dots[1] *= unit;
   }
   // U = exp(L[Q] - L) U + sum over i of <C[i], B> exp(L[i] - L) dv[i], in units of token_unit().
-  __device__ __forceinline__ float token_unit() const { return unit_B * unit_C / kLess * unit_dv; }
-  __device__ __forceinline__ void add_from_tokens(Result (&U)[4]) const {
-    const float unit = kLess * scale(unit_C) * scale(unit_dv), end[2] = {unit * to_end(row(0)), unit * to_end(row(2))};
+  __device__ __forceinline__ float token_unit() const { return m.unit_B * m.unit_C / kLess * m.unit_dv; }
+  __device__ __forceinline__ void add_from_tokens(Result (&U)[4], float unit_G) const {
+    const float unit = unit_G * kLess * scale(m.unit_C) * scale(m.unit_dv), end[2] = {unit * to_end(row(0)), unit * to_end(row(2))};
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -219,10 +224,16 @@ template <class Policy> struct Local {
       __syncwarp();   // or operands of several tiles are brought in before the first is used
       Result M;
       Policy::template load_result<false>(M, Tile{&m.scores[16 * tile][16 * it], kRow}, lane);
+      if (it == tile) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int from = row(i % 4), to = column(it, i);
-        M[i / 4][i % 4] = from <= to ? M[i / 4][i % 4] * between(to, from) : 0.f;
+        for (int i = 0; i < 8; ++i) {
+          const int from = row(i % 4), to = column(it, i);
+          M[i / 4][i % 4] = from <= to ? M[i / 4][i % 4] * between(to, from) : 0.f;
+        }
+      } else {
+        const float first[2] = {between(16 * it, row(0)), between(16 * it, row(2))};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) M[i / 4][i % 4] *= first[i % 4 / 2] * m.inside[column(it, i)];
       }
       const typename Policy::Computed a = Policy::computed(M);
 #pragma unroll
@@ -246,8 +257,8 @@ template <class Policy> struct Local {
         const float2 dv = Policy::pair(&m.dv[row(r)][c]);
         Vec<2> dx = {{delta * U[n / 2][n % 2][r], delta * U[n / 2][n % 2][r + 1]}};
         if (D) {
-          dx[0] = fmaf(left > 0 ? D[each ? channel + c : 0] * unit_dv : 0.f, dv.x, dx[0]);
-          dx[1] = fmaf(left > 1 ? D[each ? channel + c + 1 : 0] * unit_dv : 0.f, dv.y, dx[1]);
+          dx[0] = fmaf(left > 0 ? D[each ? channel + c : 0] * m.unit_dv : 0.f, dv.x, dx[0]);
+          dx[1] = fmaf(left > 1 ? D[each ? channel + c + 1 : 0] * m.unit_dv : 0.f, dv.y, dx[1]);
         }
         if (row(r) < m.where.chunk.count) store_vec<2>(s.dx, at + channel + c, dx, p.wide_dx, left);
       }
@@ -266,7 +277,7 @@ template <class Policy> struct Local {
         const float2 x = Policy::pair(&m.x[row(r)][c]), dv = Policy::pair(&m.dv[row(r)][c]);
         both[0] = fmaf(x.x, dv.x, both[0]), both[1] = fmaf(x.y, dv.y, both[1]);
       }
-      both[0] *= unit_x * unit_dv, both[1] *= unit_x * unit_dv;
+      both[0] *= m.unit_x * m.unit_dv, both[1] *= m.unit_x * m.unit_dv;
       if (s.D_width > 1) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -317,15 +328,28 @@ template <class Policy> struct Local {
         for (int k = 0; k < 4; ++k) {
           Policy::multiply(e, dv[k], Policy::template load_b<true>(Tile{&m.x[16 * jt][16 * k], kRow}, lane));
         }
-        float rows[2] = {0.f, 0.f};
         Policy::template load_result<true>(W, Tile{&m.scores[16 * jt][16 * tile], kRow}, lane);
+        float columns[4], rows[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) columns[i] = m.unit_x * m.unit_dv * step(kDelta, column(jt, i / 2 * 4 + i % 2));
+        if (jt == tile) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const int from = column(jt, i), end = row(i % 4);
+            e[i / 4][i % 4] = from <= end ? e[i / 4][i % 4] * between(end, from) * columns[i / 4 * 2 + i % 2] : 0.f;
+            W[i / 4][i % 4] = from <= end ? W[i / 4][i % 4] : 0.f;
+          }
+        } else {
+          const float inside[2] = {m.inside[row(0)], m.inside[row(2)]};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) columns[i] *= between(16 * tile, column(jt, i / 2 * 4 + i % 2));
+#pragma unroll
+          for (int i = 0; i < 8; ++i) e[i / 4][i % 4] *= inside[i % 4 / 2] * columns[i / 4 * 2 + i % 2];
+        }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int from = column(jt, i), end = row(i % 4);
-          float& x = e[i / 4][i % 4];
-          x = from <= end ? x * between(end, from) * (unit_x * unit_dv * step(kDelta, from)) : 0.f;
-          E[jt][i / 4][i % 4] += x;
-          W[i / 4][i % 4] = from <= end ? x * W[i / 4][i % 4] : 0.f;
+          E[jt][i / 4][i % 4] += e[i / 4][i % 4];
+          W[i / 4][i % 4] *= e[i / 4][i % 4];
           rows[i % 4 / 2] += W[i / 4][i % 4];
           between_j[i / 4][i % 4] = ahead[i % 4 / 2];
         }
@@ -346,14 +370,14 @@ template <class Policy> struct Local {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, unit_B * unit_C / kLess * sums[i], first);
+        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, m.unit_B * m.unit_C / kLess * sums[i], first);
       }
     }
   }
 
   // dB += exp(L[Q] - L) delta G^T x
   __device__ __forceinline__ void add_dB(float unit_G) {
-    const float unit = unit_x * unit_G;
+    const float unit = m.unit_x * unit_G;
     const Rows x(*this, m.x);
     const float weight[2] = {unit * to_end(row(0)) * step(kDelta, row(0)), unit * to_end(row(2)) * step(kDelta, row(2))};
 #pragma unroll
@@ -371,7 +395,7 @@ template <class Policy> struct Local {
   // dC += exp(L) S^T dv, and <dv, S C>, <G, S>.
   __device__ __forceinline__ void add_dC(int head, float unit_S, float unit_G, bool first) {
     const Rows dv(*this, m.dv);
-    const float unit = unit_dv * unit_S, weight[2] = {unit * from_begin(row(0)), unit * from_begin(row(2))};
+    const float unit = m.unit_dv * unit_S, weight[2] = {unit * from_begin(row(0)), unit * from_begin(row(2))};
     float dots[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -390,16 +414,18 @@ template <class Policy> struct Local {
         sum[n][i / 4][i % 4 + 1] = fmaf(weight[i % 4 / 2], b, sum[n][i / 4][i % 4 + 1]);
       }
     }
-    dots[0] *= unit * unit_C, dots[1] *= unit * unit_C;
+    dots[0] *= unit * m.unit_C, dots[1] *= unit * m.unit_C;
     add_rows(dots, head, kSCv, first);
-    float inner = 0.f;
-    constexpr int kEights = kColumns<Policy> / 8;
+    Result product = {};   // its diagonal is what is wanted
 #pragma unroll 1
-    for (int i = lane; i < 16 * kEights; i += 32) {
-      const int p = 16 * tile + i / kEights, n = i % kEights * 8;
-      const Vec<8> S = load_vec<8>(&m.S[p][n]), G = load_vec<8>(&m.G[p][n]);
+    for (int k = 0; k < kColumns<Policy>; k += 16) {
+      const A a = Policy::template load_a<false>(Tile{&m.S[16 * tile][k], kState<Policy>}, lane);
+      Policy::multiply(product, a, Policy::template load_b<true>(Tile{&m.G[16 * tile][k], kState<Policy>}, lane));
+    }
+    float inner = 0.f;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) inner = fmaf(S[k], G[k], inner);
+    for (int i = 0; i < 8; ++i) {
+      if (column(tile, i) == row(i % 4)) inner += product[i / 4][i % 4];
     }
     for (int d = 1; d < 32; d *= 2) inner += __shfl_xor_sync(~0u, inner, d);
     if (lane == 0) add(p.inner + (m.where.index * s.heads + head) * 4 + tile, unit_S * unit_G * inner, first);
@@ -422,7 +448,7 @@ template <class Policy> struct Local {
         }
     }
     __syncthreads();
-    const float unit_E = Policy::kScaled ? common_unit(m.most[0]) : 1.f, unit = unit_E * (ends ? unit_B : unit_C);
+    const float unit_E = Policy::kScaled ? common_unit(m.most[0]) : 1.f, unit = unit_E * (ends ? m.unit_B : m.unit_C);
     const auto* const from = ends ? m.B : m.C;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {

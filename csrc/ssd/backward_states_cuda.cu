@@ -5,6 +5,7 @@
 // A block has 64 rows and 128 columns of one state in registers, a warp 16 by 64 of them. The scaled x or dv goes in two parts
 // into products of bfloat16, so that the state stays what float32 makes it; only what is stored to be an operand is rounded, to
 // float16 in units that are stored as well, with those of x and dv.
+#include "cuda/async.cuh"
 #include "ssd/backward.cuh"
 #include "ssd/operands.cuh"
 
@@ -61,9 +62,20 @@ __device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, con
   using T = typename Memory<Policy>::T;
   const View& B = kReverse ? s.C : s.B;
   const int64_t group = at.head / p.group_heads;
-  stage<kStateColumns>(&m.columns[0][0], kColumnStride, B,
-                  chunk.row * B.stride[0] + chunk.begin * B.stride[1] + group * B.stride[2] + at.column, B.stride[1],
-                  chunk.count, s.states - at.column, kReverse ? p.wide_C : p.wide_B, 1.f);
+  const int64_t from = chunk.row * B.stride[0] + chunk.begin * B.stride[1] + group * B.stride[2] + at.column;
+  const int columns = int(s.states - at.column);
+  if (Policy::kScaled && (kReverse ? p.wide_C : p.wide_B)) {   // both are bfloat16
+    const T* const rows = static_cast<const T*>(B.data) + from;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < kChunk * kStateColumns / 8; i += kThreads) {
+      const int t = i / (kStateColumns / 8), column = i % (kStateColumns / 8) * 8;
+      const int used = t < chunk.count ? min(max(columns - column, 0), 8) : 0;
+      cp_async<16>(&m.columns[t][column], used ? rows + t * B.stride[1] + column : rows, 2 * used);
+    }
+  } else {
+    stage<kStateColumns>(&m.columns[0][0], kColumnStride, B, from, B.stride[1], chunk.count, columns,
+                         kReverse ? p.wide_C : p.wide_B, 1.f);
+  }
   constexpr int kEights = kBlockWidth / 8;
   float most = 0.f;
 #pragma unroll 1
@@ -137,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, Policy::kScaled ? 2 : 1) ssd_backwar
       const float* const steps = p.steps_of(s, walk.first + c, at.head);
       T* const to = p.state_of<T>(kReverse ? p.after : p.before, s, walk.first + c, at.head);
       stage_chunk<Policy, kReverse>(m, s, p, at, chunk, steps);
+      cp_async_wait_all();
       __syncthreads();
       float scale = 1.f;
       if constexpr (Policy::kScaled) {

@@ -125,6 +125,37 @@ def selective_scan_step(batch: int, dim: int) -> Work:
     return Work(name, "state", batch * dim * states, (step,), goal=1.2 * size / H200_BANDWIDTH)
 
 
+def ssd_backward(batch: int, time: int, heads: int) -> Work:
+    width, states = 64, 128
+    chunks, elements, shared = batch * time // 64, batch * time * heads * width, 2 * batch * time * states
+    kept, slabs = 2 * chunks * heads * width * states, 4 * 2 * batch * time * states * heads // 16   # float16; float32
+    per_token = 4 * batch * time * heads
+    each = chunks * heads * 8             # warps of a chunk and head
+    steps = Launch("ssd::ssd_backward_steps_kernel", blocks=chunks * heads // 32, bytes_moved=5 * per_token,
+                   iterations={"STG.64": chunks * heads})
+    forward, back = (
+        Launch(f"ssd::ssd_backward_states_kernel<ssd::Half, {reverse}>", blocks=batch * heads, dynamic_shared=54272,
+               bytes_moved=2 * elements + shared + kept + 3 * per_token,
+               iterations={"HMMA.16816": each, "LDGSTS.128 -HMMA.16816": 2 * each, "STS.128 MUFU.EX2": 2 * each})
+        for reverse in ("false", "true")
+    )
+    local = Launch(
+        "ssd::ssd_backward_kernel<ssd::Half>", blocks=chunks * heads // 16, dynamic_shared=99000,
+        bytes_moved=3 * 2 * elements + 2 * shared + 2 * kept + slabs + 10 * per_token,   # x, dy, dx
+        iterations={"STG.16 HMMA.16816": each, "LDGSTS.128": 8 * each, "HMMA.16816 -BAR -LDS.32": 8 * each},
+    )
+    reduce = (
+        Launch("ssd::ssd_reduce_steps_kernel", blocks=chunks * heads // 32, bytes_moved=11 * per_token,
+               iterations={"SHFL": chunks * heads}),
+        Launch("ssd::ssd_reduce_tokens_kernel", blocks=batch * time * 2 * states // 4 // 256,
+               bytes_moved=slabs + 2 * shared, instructions={"LDG.128": slabs / 16 / 32}),
+        Launch("ssd::ssd_reduce_heads_kernel", blocks=heads, bytes_moved=12 * chunks * heads,
+               instructions={"LDG.32": 3 * chunks * heads / 32}),
+    )
+    name = f"ssd, B{batch} T{time} H{heads} P{width} N{states}, bf16, backward"
+    return Work(name, "state", elements * states, (steps, forward, back, local, *reduce), goal=0.8e-3)
+
+
 def mamba_step(batch: int, dim: int, states: int, rank: int) -> Work:
     outputs, width = rank + 2 * states, 4
     conv, weights = 4 * batch * dim * (width - 1), 2 * dim * (width + 1)   # float32 states, bf16 weights
@@ -194,6 +225,7 @@ WORKS = (
     selective_scan_step(64, 5120),
     *causal_conv1d(8, 4096, 8192),
     mamba_step(64, 5120, 16, 160),
+    ssd_backward(8, 4096, 64),
     mamba2_step(64, 80, 64, 128),
     *ema(8, 4096, 1024),
     ssd(8, 4096, 64),

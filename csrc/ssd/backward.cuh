@@ -116,8 +116,8 @@ struct Plan {
   }
 };
 
-// The power of two in units of which numbers up to `most` are at most 2^15, which float16 holds. Where they are very small
-// it is not, so that no product of units overflows.
+// The power of two in units of which numbers up to `most` are at most 2^15, which float16 holds. It is not smaller than
+// 2^-54, so that no product of units overflows.
 __device__ __forceinline__ float unit_of(float most) {
   const int exponent = max(int(__float_as_uint(most) >> 23), 127 - 40) - 14;
   return most == 0.f ? 1.f : __uint_as_float(unsigned(exponent) << 23);

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
             cp_async_wait_all();
             __syncthreads();
             const float unit = at.state_unit(1, head, channel, k * kWidth);
-            if (!at.ends) at.add_from_state(U, unit_U * at.scale(unit));
+            if (!at.ends) at.add_from_state(U, unit_U / unit);
             unit_U = unit;
           }
           if (at.ends) {

@@ -74,8 +74,9 @@ def test_approximate_instructions_may_be_off(op, sample, dtype):
         pairs = [(a, e, "output") for a, e in zip(results["forward"], exact, strict=True)]
         grads = zip(results["backward"], exact_grads.values(), strict=True)
         pairs += [(a, e, "gradient") for a, e in grads if a is not None]
+    products = testing.products_of(op, arguments)
     for k, (actual, wanted, kind) in enumerate(pairs):
-        assert_close(actual, wanted, f"{kind} {k}", kind)
+        assert_close(actual, wanted, f"{kind} {k}", kind, products)
 
 
 @pytest.mark.skipif(not HAS_SIMT, reason="the emulator module was not built: there is no CUDA toolkit")

@@ -131,7 +131,7 @@ def cuobjdump() -> str:
 def readable(symbol: str) -> str:
     """Mangled name -> name with its template arguments, without namespaces, result and parameters."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|\b_GLOBAL__N__\w+::|\b(pyseq|std)::", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|\b_GLOBAL__N__\w+::|\b\w+::", "", name)
     name = re.sub(r"\((int|unsigned int|bool|long)\)", "", name).removeprefix("void ")
     depth = 0
     for i, character in enumerate(name):

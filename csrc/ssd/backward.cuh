@@ -5,8 +5,8 @@
 //   ssd_backward_local   all else but sums, a chunk and some heads of a group to a block
 //   ssd_reduce           ddt, and the sums over heads and over tokens
 //
-// Of packed sequences, sequence s begins with chunk cu_seqlens[s] / kChunk + s, which leaves room for the tokens of all
-// before it; a few chunks are empty.
+// Chunk m of packed sequences: sequence s begins with chunk cu_seqlens[s] / kChunk + s, which leaves room for its tokens
+// and those of all before it; a few chunks are empty.
 #pragma once
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
@@ -40,7 +40,7 @@ struct Plan {
   bool wide_x, wide_B, wide_C, wide_dy, wide_z, wide_ungated, wide_dx, wide_dz;   // 8 elements at once
   bool wide_dB, wide_dC;                 // 4
   int64_t state_floats;                  // of all stored states
-  float* units;                          // half: [chunks, heads, width_blocks, 2 + 2 column_blocks()], see units_of
+  float *units;                          // half: [chunks, heads, width_blocks, 2 + 2 column_blocks()], of x, dv, S and G
   float *steps, *parts, *inner, *weights, *slabs;   // weights: dA, dbias; dD of each chunk and warp
   float *skips, *before, *after;         // skips: dD; before, after: S and G
   int64_t floats;
@@ -132,8 +132,8 @@ __device__ __forceinline__ float decay(float high, float low) {
 
 // A chunk of kColumns numbers to shared memory, times `scale`, as T; zeros from `rows` and `columns` on.
 template <int kColumns, class T>
-__device__ __forceinline__ void stage(T* tile, int stride, const View& x, int64_t at, int64_t step, int rows,
-                                      int64_t columns, bool wide, float scale) {
+__device__ __forceinline__ void stage(T* tile, int stride, const View& x, int64_t at, int64_t step, int rows, int64_t columns,
+                                      bool wide, float scale) {
   constexpr int kEights = kColumns / 8;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kChunk * kEights; i += kThreads) {
@@ -148,8 +148,7 @@ __device__ __forceinline__ void stage(T* tile, int stride, const View& x, int64_
 
 // dv = dy silu(z) of 8 channels. Where `store`, dz as well.
 template <bool kStore>
-__device__ __forceinline__ Vec<8> gated(const Ssd& s, const Plan& p, int64_t row, int64_t t, int64_t head,
-                                        int64_t channel) {
+__device__ __forceinline__ Vec<8> gated(const Ssd& s, const Plan& p, int64_t row, int64_t t, int64_t head, int64_t channel) {
   const auto at = [&](const View& x) { return row * x.stride[0] + t * x.stride[1] + head * x.stride[2] + channel; };
   const int64_t count = s.width - channel;
   Vec<8> dv{};

@@ -12,9 +12,7 @@ __device__ void fill_nan(const Ssd& s, const Where& w) {
   for (int64_t i = threadIdx.x; i < all; i += kThreads) {
     const int64_t channel = i % s.width, head = w.first + i / s.width % heads, t = w.chunk.begin + i / s.width / heads;
     for (const View* x : {&s.dx, &s.dz}) {
-      if (!*x) continue;
-      const int64_t to = w.chunk.row * x->stride[0] + t * x->stride[1] + head * x->stride[2] + channel;
-      store(*x, to, __int_as_float(0x7fffffff));
+      if (*x) store(*x, w.chunk.row * x->stride[0] + t * x->stride[1] + head * x->stride[2] + channel, __int_as_float(0x7fffffff));
     }
   }
 }
@@ -103,8 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_backward_kernel(Ssd s, Plan p
           cp_async_wait_all();
           __syncthreads();
         }
-        const float unit_S = at.state_unit(0, head, channel, n * kWidth);
-        const float unit_G = at.state_unit(1, head, channel, n * kWidth);
+        const float unit_S = at.state_unit(0, head, channel, n * kWidth), unit_G = at.state_unit(1, head, channel, n * kWidth);
         if (at.ends) at.add_dC(head, unit_S, unit_G, n == 0 && channel == 0);
         else at.add_dB(unit_G);
       }

@@ -1,8 +1,8 @@
 // One chunk and the heads of a block: what its warps hold, and the products that each half of them makes.
 //
-// Warps 0 to 3 have tokens j, 16 each: U, dx, <U, x>, <x, G B> and dB. Warps 4 to 7 have tokens i: E, the gradient of
-// the steps between j and i, <dv, S C> and dC. dB, dC and E are summed over heads in registers. What is in float16 is
-// in units of its own, all 1 for Full.
+// Warps 0 to 3 have tokens j, 16 each: U, dx, <U, x>, <x, G B> and dB. Warps 4 to 7 have tokens i: E, the gradient of the steps
+// between j and i, <dv, S C> and dC. dB, dC and E are summed over heads in registers. What is in float16 is in units of its own,
+// all 1 for Full.
 #pragma once
 #include "cuda/async.cuh"
 #include "ssd/backward.cuh"
@@ -115,8 +115,7 @@ template <class Policy> struct Local {
   }
   __device__ __forceinline__ void stage_shared(int n, bool B, bool C) {
     const auto one = [&](T* to, const View& x, bool wide, float unit) {
-      stage<kColumns<Policy>>(to, kState<Policy>, x, at_shared(x) + n, x.stride[1], m.where.chunk.count, s.states - n,
-                              wide, scale(unit));
+      stage<kColumns<Policy>>(to, kState<Policy>, x, at_shared(x) + n, x.stride[1], m.where.chunk.count, s.states - n, wide, scale(unit));
     };
     if (B) one(&m.B[0][0], s.B, p.wide_B, m.unit_B);
     if (C) one(&m.C[0][0], s.C, p.wide_C, m.unit_C);
@@ -138,10 +137,8 @@ template <class Policy> struct Local {
       unit_x = units[0], unit_dv = units[1];
       if (threadIdx.x == 0) m.unit_x = unit_x, m.unit_dv = unit_dv;
     }
-    const Chunk& chunk = m.where.chunk;
-    const int64_t at = chunk.row * s.x.stride[0] + chunk.begin * s.x.stride[1] + head * s.x.stride[2] + channel;
-    stage<kBlockWidth>(&m.x[0][0], kRow, s.x, at, s.x.stride[1], chunk.count, s.width - channel, p.wide_x,
-                       scale(unit_x));
+    const int64_t at = m.where.chunk.row * s.x.stride[0] + m.where.chunk.begin * s.x.stride[1] + head * s.x.stride[2] + channel;
+    stage<kBlockWidth>(&m.x[0][0], kRow, s.x, at, s.x.stride[1], m.where.chunk.count, s.width - channel, p.wide_x, scale(unit_x));
     constexpr int kEights = kBlockWidth / 8;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kChunk * kEights; i += kThreads) {
@@ -176,8 +173,7 @@ template <class Policy> struct Local {
       const A a = Policy::template load_a<false>(Tile{&m.B[16 * tile][k], kState<Policy>}, lane);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const Tile C{&m.C[32 * ends + 16 * n][k], kState<Policy>};
-        Policy::multiply(scores[n], a, Policy::template load_b<true>(C, lane));
+        Policy::multiply(scores[n], a, Policy::template load_b<true>(Tile{&m.C[32 * ends + 16 * n][k], kState<Policy>}, lane));
       }
     }
   }
@@ -217,8 +213,7 @@ template <class Policy> struct Local {
   // U = exp(L[Q] - L) U + sum over i of <C[i], B> exp(L[i] - L) dv[i], in units of token_unit().
   __device__ __forceinline__ float token_unit() const { return m.unit_B * m.unit_C / kLess * m.unit_dv; }
   __device__ __forceinline__ void add_from_tokens(Result (&U)[4], float unit_G) const {
-    const float unit = unit_G * kLess * scale(m.unit_C) * scale(m.unit_dv);
-    const float end[2] = {unit * to_end(row(0)), unit * to_end(row(2))};
+    const float unit = unit_G * kLess * scale(m.unit_C) * scale(m.unit_dv), end[2] = {unit * to_end(row(0)), unit * to_end(row(2))};
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -254,9 +249,7 @@ template <class Policy> struct Local {
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {
       const float delta = step(kDelta, row(r)) * token_unit();
-      const Chunk& chunk = m.where.chunk;
-      const int64_t t = chunk.begin + row(r);
-      const int64_t at = chunk.row * s.dx.stride[0] + t * s.dx.stride[1] + head * s.dx.stride[2];
+      const int64_t at = m.where.chunk.row * s.dx.stride[0] + (m.where.chunk.begin + row(r)) * s.dx.stride[1] + head * s.dx.stride[2];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const int c = column(n / 2, n % 2 * 4);
@@ -386,8 +379,7 @@ template <class Policy> struct Local {
   __device__ __forceinline__ void add_dB(float unit_G) {
     const float unit = m.unit_x * unit_G;
     const Rows x(*this, m.x);
-    const float weight[2] = {unit * to_end(row(0)) * step(kDelta, row(0)),
-                             unit * to_end(row(2)) * step(kDelta, row(2))};
+    const float weight[2] = {unit * to_end(row(0)) * step(kDelta, row(0)), unit * to_end(row(2)) * step(kDelta, row(2))};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       __syncwarp();
@@ -474,9 +466,7 @@ template <class Policy> struct Local {
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {
       if (row(r) >= m.where.chunk.count) continue;
-      const Where& w = m.where;
-      float* const slab = p.slab_of(s, w.block, w.chunk.row, w.chunk.begin + row(r), w.group);
-      float* const to = slab + (ends ? p.states : 0) + n;
+      float* const to = p.slab_of(s, m.where.block, m.where.chunk.row, m.where.chunk.begin + row(r), m.where.group) + (ends ? p.states : 0) + n;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         const int c = column(i / 2, i % 2 * 4);

@@ -1,11 +1,10 @@
 // The state before each chunk, from the first on, and G after each chunk, from the last back: the same walk
 //
-//   S' = exp(L[Q]) S + sum_j exp(L[Q] - L[j]) delta[j] x[j] B[j]^T
-//   G before the chunk = exp(L[Q]) G + sum_i exp(L[i]) dv[i] C[i]^T
+//   S' = exp(L[Q]) S + sum_j exp(L[Q] - L[j]) delta[j] x[j] B[j]^T        G before = exp(L[Q]) G + sum_i exp(L[i]) dv[i] C[i]^T
 //
-// A block has 64 rows and 128 columns of one state in registers, a warp 16 by 64 of them. The scaled x or dv goes in
-// two parts into products of bfloat16, so that the state stays what float32 makes it. What is stored is an operand, and
-// rounded to float16, in units that are stored as well, with those of x and dv.
+// A block has 64 rows and 128 columns of one state in registers, a warp 16 by 64 of them. The scaled x or dv goes in two parts
+// into products of bfloat16, so that the state stays what float32 makes it; only what is stored to be an operand is rounded, to
+// float16 in units that are stored as well, with those of x and dv.
 #include "cuda/async.cuh"
 #include "ssd/backward.cuh"
 #include "ssd/operands.cuh"
@@ -58,8 +57,8 @@ struct Walk {
 };
 
 template <class Policy, bool kReverse>
-__device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, const Plan& p, const Place& at,
-                                            const Chunk& chunk, const float* steps) {
+__device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, const Plan& p, const Place& at, const Chunk& chunk,
+                                            const float* steps) {
   using T = typename Memory<Policy>::T;
   const View& B = kReverse ? s.C : s.B;
   const int64_t group = at.head / p.group_heads;
@@ -84,8 +83,7 @@ __device__ __forceinline__ void stage_chunk(Memory<Policy>& m, const Ssd& s, con
     const int t = i / kEights, column = i % kEights * 8;
     const float high = steps[kHigh * kChunk + t], low = steps[kLow * kChunk + t];
     const float last_high = steps[kHigh * kChunk + kChunk - 1], last_low = steps[kLow * kChunk + kChunk - 1];
-    const float weight = kReverse ? decay(high, low)
-                                  : decay(last_high - high, last_low - low) * steps[kDelta * kChunk + t];
+    const float weight = kReverse ? decay(high, low) : decay(last_high - high, last_low - low) * steps[kDelta * kChunk + t];
     Vec<8> v{};
     if (t < chunk.count) {
       if constexpr (kReverse) {

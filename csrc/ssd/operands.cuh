@@ -1,11 +1,11 @@
-// Products of small matrices from shared memory on the tensor cores, by one warp, 16 by 16 by 16 at a time.
+// Products of small matrices from shared memory on the tensor cores, by one warp, 16 rows by 16 columns by 16 at a time.
 //
 // An operand lies in shared memory row by row, or, `transposed`, column by column. Operands are
 //   Half   float16, in units that its largest number decides: unlike bfloat16 it has 11 bits for what was computed
 //   Parts  bfloat16, hi + lo, which keeps 16 bits: two products
 //   Full   float32, each number in two parts of 11 bits, of whose four products the smallest is left out
-// In fragments of Full the 8 terms of a sum come in the order 0, 2, 4, 6, 1, 3, 5, 7, so that results can be operands
-// as they are. Lane 4 g + t has of a result d[n][r] = D[g + 8 (r / 2)][8 n + 2 t + r % 2].
+// In fragments of Full the 8 terms of a sum come in the order 0, 2, 4, 6, 1, 3, 5, 7, so that results can be operands as they
+// are. Lane 4 g + t has of a result d[n][r] = D[g + 8 (r / 2)][8 n + 2 t + r % 2].
 #pragma once
 #include "cuda/mma.cuh"
 #include "cuda/vector.cuh"
@@ -101,8 +101,7 @@ struct Half : Words<__half> {
              pack_half(d[1][2], d[1][3])}};
   }
   // Of numbers in float32, times `scale`.
-  template <bool transposed>
-  static __device__ __forceinline__ A load_computed(Matrix<const float> m, float scale, int lane) {
+  template <bool transposed> static __device__ __forceinline__ A load_computed(Matrix<const float> m, float scale, int lane) {
     A a;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -113,8 +112,7 @@ struct Half : Words<__half> {
     return a;
   }
   // 16 by 16 numbers as a result has them.
-  template <bool transposed>
-  static __device__ __forceinline__ void load_result(Result& d, Matrix<const T> m, int lane) {
+  template <bool transposed> static __device__ __forceinline__ void load_result(Result& d, Matrix<const T> m, int lane) {
     unsigned v[4];
     ldmatrix<4, transposed>(v, transposed ? m.at + (lane % 8 + lane / 16 * 8) * m.stride + lane / 8 % 2 * 8
                                           : m.at + lane % 16 * m.stride + lane / 16 * 8);
@@ -124,9 +122,7 @@ struct Half : Words<__half> {
       d[i / 2][i % 2 * 2] = x.x, d[i / 2][i % 2 * 2 + 1] = x.y;
     }
   }
-  static __device__ __forceinline__ float2 pair(const T* p) {
-    return __half22float2(*reinterpret_cast<const __half2*>(p));
-  }
+  static __device__ __forceinline__ float2 pair(const T* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
   static __device__ __forceinline__ void store_pair(T* p, float low, float high) {
     *reinterpret_cast<unsigned*>(p) = pack_half(low, high);
   }
@@ -210,8 +206,7 @@ struct Full {
       }
     }
   }
-  template <bool transposed>
-  static __device__ __forceinline__ void load_result(Result& d, Matrix<const T> m, int lane) {
+  template <bool transposed> static __device__ __forceinline__ void load_result(Result& d, Matrix<const T> m, int lane) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;

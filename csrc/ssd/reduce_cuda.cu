@@ -33,8 +33,7 @@ __device__ __forceinline__ float sum_behind(float x, int lane) {
 struct Tokens { float ddelta[2], da[2], delta[2]; };   // of a lane
 
 // da of a chunk of one head, and ddelta; a lane has tokens 2 lane and 2 lane + 1.
-__device__ __forceinline__ Tokens gradients(const float* steps, const float* parts, const float* inner, float A,
-                                            int lane) {
+__device__ __forceinline__ Tokens gradients(const float* steps, const float* parts, const float* inner, float A, int lane) {
   Tokens out;
   float after[2], before[2];
   const float last_high = steps[kHigh * kChunk + kChunk - 1], last_low = steps[kLow * kChunk + kChunk - 1];
@@ -47,8 +46,7 @@ __device__ __forceinline__ Tokens gradients(const float* steps, const float* par
     before[i] = decay(last_high - high, last_low - low) * out.delta[i] * parts[kGBx * kChunk + t];
   }
   const float passes = decay(last_high, last_low) * ((inner[0] + inner[1]) + (inner[2] + inner[3]));
-  const float behind = sum_behind(after[0] + after[1], lane) + after[1];
-  const float ahead = sum_before(before[0] + before[1], lane);
+  const float behind = sum_behind(after[0] + after[1], lane) + after[1], ahead = sum_before(before[0] + before[1], lane);
   out.da[0] = behind + after[0] + passes + ahead;
   out.da[1] = behind + passes + (ahead + before[0]);
 #pragma unroll

@@ -40,6 +40,7 @@ struct Plan {
   bool wide_x, wide_B, wide_C, wide_dy, wide_z, wide_ungated, wide_dx, wide_dz;   // 8 elements at once
   bool wide_dB, wide_dC;                 // 4
   int64_t state_floats;                  // of all stored states
+  float less;                            // half: the power of two by which scores, at most 2^30 N, are lessened to fit float16
   float *units;                          // half: [chunks, heads, width_blocks, 2 + 2 column_blocks()], of x, dv, S and G
   float *steps, *parts, *inner, *weights, *slabs;   // weights: dA, dbias; dD of each chunk and warp
   float *skips, *before, *after;         // skips: dD; before, after: S and G
@@ -61,6 +62,8 @@ struct Plan {
     wide_ungated = vectorisable(s.ungated, 8, 3), wide_dz = vectorisable(s.dz, 8, 3);
     state_floats = chunks * s.heads * s.width * states / (half ? 2 : 1);
     wide_dB = vectorisable(s.dB, 4, 3), wide_dC = vectorisable(s.dC, 4, 3);
+    less = half ? 0x1p-21f : 1.f;
+    for (int64_t n = 128; half && n < states; n *= 2) less /= 2;
     const auto take = [&](float*& to, int64_t count) {
       to = s.workspace + floats;
       floats += (count + 15) / 16 * 16;

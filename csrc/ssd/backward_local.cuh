@@ -29,7 +29,7 @@ template <class Policy> struct Memory {
     float E[kChunk][kChunk + 4];
   };
   T x[kChunk][kRow], dv[kChunk][kRow];
-  T scores[kChunk][kRow];               // <C[i], B[j]> in row j, in units of both / kLess
+  T scores[kChunk][kRow];               // <C[i], B[j]> in row j, in units of both / p.less
   float steps[kSteps * kChunk];
   float inside[kChunk];                 // exp(L[t] - L of the first of the 16 tokens around t)
   float most[2][kThreads / 32];         // the largest numbers of B and C, of each warp
@@ -62,7 +62,7 @@ template <class Policy> struct Local {
   __device__ __forceinline__ float from_begin(int t) const { return decay(step(kHigh, t), step(kLow, t)); }
 
   using Tile = Matrix<const T>;
-  static constexpr float kLess = Policy::kScaled ? 0x1p-21f : 1.f;   // of scores, for float16
+  __device__ __forceinline__ float less() const { return Policy::kScaled ? p.less : 1.f; }
   __device__ __forceinline__ float scale(float unit) const { return Policy::kScaled ? inverse(unit) : 1.f; }
   __device__ __forceinline__ float state_unit(int which, int head, int channel, int n) const {
     if constexpr (!Policy::kScaled) return 1.f;
@@ -181,7 +181,7 @@ template <class Policy> struct Local {
 #pragma unroll
     for (int i = 0; i < 16; i += 2) {
       const float* const x = &scores[i / 8][i / 4 % 2][i % 4];
-      Policy::store_pair(&m.scores[row(i % 4)][32 * ends + column(i / 8, i % 8)], kLess * x[0], kLess * x[1]);
+      Policy::store_pair(&m.scores[row(i % 4)][32 * ends + column(i / 8, i % 8)], less() * x[0], less() * x[1]);
     }
   }
 
@@ -211,9 +211,9 @@ template <class Policy> struct Local {
     dots[0] *= unit, dots[1] *= unit;
   }
   // U = exp(L[Q] - L) U + sum over i of <C[i], B> exp(L[i] - L) dv[i], in units of token_unit().
-  __device__ __forceinline__ float token_unit() const { return m.unit_B * m.unit_C / kLess * m.unit_dv; }
+  __device__ __forceinline__ float token_unit() const { return m.unit_B * m.unit_C * scale(p.less) * m.unit_dv; }
   __device__ __forceinline__ void add_from_tokens(Result (&U)[4], float unit_G) const {
-    const float unit = unit_G * kLess * scale(m.unit_C) * scale(m.unit_dv), end[2] = {unit * to_end(row(0)), unit * to_end(row(2))};
+    const float unit = unit_G * less() * scale(m.unit_C) * scale(m.unit_dv), end[2] = {unit * to_end(row(0)), unit * to_end(row(2))};
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -370,7 +370,7 @@ template <class Policy> struct Local {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, m.unit_B * m.unit_C / kLess * sums[i], first);
+        if (lane < 4) add(to + 16 * jt + i / 2 * 8 + lane * 2 + i % 2, m.unit_B * m.unit_C * scale(p.less) * sums[i], first);
       }
     }
   }

@@ -179,6 +179,15 @@ def test_products_of_bfloat16_round_outputs_and_not_states(width, states, backen
     assert_close(last, exact_last, "state", "output")
 
 
+@on_backends
+@pytest.mark.parametrize(("states", "size"), [(128, 1.9921875), (256, 1.5), (512, 1.0)])
+def test_large_products_of_many_states_fit_their_operands(states, size, backend):
+    """Every <C, B> is as large as its operands' type and the number of states allow."""
+    arguments = in_type(drawn(1, 9, 2, 8, states), torch.bfloat16)
+    arguments |= {n: torch.full_like(arguments[n], size) for n in "BC"}
+    check(arguments, backend)
+
+
 # ---- what nobody looked at -------------------------------------------------------------------------------------------
 
 

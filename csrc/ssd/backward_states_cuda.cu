@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(kThreads, Policy::kScaled ? 2 : 1) ssd_backwar
           }
         }
       const float passes = decay(steps[kHigh * kChunk + kChunk - 1], steps[kLow * kChunk + kChunk - 1]);
-      each([&](float& x, int64_t, int64_t) { x *= passes; });
-#pragma unroll(Policy::kScaled ? 4 : 1)
+#pragma unroll 1
       for (int k = 0; k < kChunk; k += 16) {
         using Tile = Matrix<const typename Exact::T>;
         const auto rows = [&](int part) {
@@ -180,10 +179,14 @@ __global__ void __launch_bounds__(kThreads, Policy::kScaled ? 2 : 1) ssd_backwar
         typename Exact::Computed a;
         if constexpr (Policy::kScaled) a = {rows(0), rows(1)};
         else a = rows(0);
+        const float kept = k == 0 ? passes : 1.f;
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const Tile columns{&m.columns[k][at.warp / 4 * 64 + n * 16], kColumnStride};
-          Exact::multiply(acc[n], a, Exact::template load_b<false>(columns, at.lane));
+          Result more = {};   // tensor cores cut off what they add to a sum: long sums would err to one side
+          Exact::multiply(more, a, Exact::template load_b<false>(columns, at.lane));
+#pragma unroll
+          for (int i = 0; i < 8; ++i) acc[n][i / 4][i % 4] = fmaf(kept, acc[n][i / 4][i % 4], more[i / 4][i % 4]);
         }
       }
       __syncthreads();

@@ -24,6 +24,7 @@ namespace {
 constexpr int kChunk = 64, kBlockWidth = 64;   // tokens of a chunk; rows of a state, channels of a head, at a time
 constexpr int kStateColumns = 128;             // of a state in registers
 constexpr int kThreads = 256, kMostHeads = 16;
+constexpr int64_t kLongest = 1 << 30;          // places along an axis and blocks are int, offsets into memory int64_t
 enum Step { kDelta, kHigh, kLow, kSteps };     // per token and head: delta, and L in two floats
 enum Part { kUx, kGBx, kSCv, kBetween, kParts = kBetween + 4 };   // as in ssd_backward_local
 

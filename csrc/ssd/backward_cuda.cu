@@ -122,8 +122,14 @@ template <class Policy> int launch_local(const Ssd& s, const Plan& p, void* stre
 int64_t ssd_backward_workspace(const Ssd& s) { return ssd::Plan(s).floats; }
 
 int ssd_backward_cuda(const Ssd& s, void* stream) {
-  const ssd::Plan p(s);
   if (s.heads == 0) return 0;
+  for (const int64_t size : {s.batch, s.time, s.heads, s.width, s.states, s.sequences})
+    if (size > ssd::kLongest) return cudaErrorInvalidValue;
+  const ssd::Plan p(s);
+  const int64_t slabs = s.batch * s.time * s.groups * 2 * p.states;
+  const int64_t states = s.sequences * s.heads * p.width_blocks * p.column_blocks();
+  for (const int64_t blocks : {p.chunks * s.heads, states, slabs / 1024})
+    if (blocks > ssd::kLongest) return cudaErrorInvalidValue;
   if (p.chunks > 0) {
     if (int error = ssd::ssd_backward_steps_cuda(s, stream)) return error;
   }

@@ -21,7 +21,7 @@ __device__ __forceinline__ void sum_head(float* to, const float* delta, float A,
   Double step[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float a = delta[(2 * lane + i) * (kHeads + 1)] * A;
+    const float a = __fmul_rn(delta[(2 * lane + i) * (kHeads + 1)], A);   // never part of the sum
     step[i] = {A <= 0.f ? a < kLeast ? kLeast : a : __int_as_float(0x7fffffff), 0.f};
   }
   Double sum = step[0] + step[1];

@@ -36,7 +36,8 @@ struct Ssd {
   View x, z;                    // [B, T, H, P]
   View dt;                      // [B, T, H]
   View B, C;                    // [B, T, G, N]
-  const float* A;               // [H]. A head with A > 0 or NaN: all its outputs, states and gradients are NaN
+  const float* A;               // [H]. A head with A > 0 or NaN: all its outputs, states and gradients are NaN,
+                                // but what an empty sequence passes through
   const float *D, *dt_bias;     // [H, D_width], [H] or null
   int64_t D_width;              // 1 or P
   bool dt_softplus;

@@ -131,25 +131,25 @@ def ssd_backward(batch: int, time: int, heads: int) -> Work:
     kept, slabs = 2 * chunks * heads * width * states, 4 * 2 * batch * time * states * heads // 16   # float16; float32
     per_token = 4 * batch * time * heads
     each = chunks * heads * 8             # warps of a chunk and head
-    steps = Launch("ssd::ssd_backward_steps_kernel", blocks=chunks * heads // 32, bytes_moved=5 * per_token,
+    steps = Launch("ssd_backward_steps_kernel", blocks=chunks * heads // 32, bytes_moved=5 * per_token,
                    iterations={"STG.64": chunks * heads})
     forward, back = (
-        Launch(f"ssd::ssd_backward_states_kernel<ssd::Half, {reverse}>", blocks=batch * heads, dynamic_shared=54272,
+        Launch(f"ssd_backward_states_kernel<Half, {reverse}>", blocks=batch * heads, dynamic_shared=54272,
                bytes_moved=2 * elements + shared + kept + 3 * per_token,
                iterations={"HMMA.16816": each, "LDGSTS.128 -HMMA.16816": 2 * each, "STS.128 MUFU.EX2": 2 * each})
         for reverse in ("false", "true")
     )
     local = Launch(
-        "ssd::ssd_backward_kernel<ssd::Half>", blocks=chunks * heads // 16, dynamic_shared=99000,
+        "ssd_backward_kernel<Half>", blocks=chunks * heads // 16, dynamic_shared=99000,
         bytes_moved=3 * 2 * elements + 2 * shared + 2 * kept + slabs + 10 * per_token,   # x, dy, dx
         iterations={"STG.16 HMMA.16816": each, "LDGSTS.128": 8 * each, "HMMA.16816 -BAR -LDS.32": 8 * each},
     )
     reduce = (
-        Launch("ssd::ssd_reduce_steps_kernel", blocks=chunks * heads // 32, bytes_moved=11 * per_token,
+        Launch("ssd_reduce_steps_kernel", blocks=chunks * heads // 32, bytes_moved=11 * per_token,
                iterations={"SHFL": chunks * heads}),
-        Launch("ssd::ssd_reduce_tokens_kernel", blocks=batch * time * 2 * states // 4 // 256,
+        Launch("ssd_reduce_tokens_kernel", blocks=batch * time * 2 * states // 4 // 256,
                bytes_moved=slabs + 2 * shared, instructions={"LDG.128": slabs / 16 / 32}),
-        Launch("ssd::ssd_reduce_heads_kernel", blocks=heads, bytes_moved=12 * chunks * heads,
+        Launch("ssd_reduce_heads_kernel", blocks=heads, bytes_moved=12 * chunks * heads,
                instructions={"LDG.32": 3 * chunks * heads / 32}),
     )
     name = f"ssd, B{batch} T{time} H{heads} P{width} N{states}, bf16, backward"

@@ -146,6 +146,11 @@ CEILINGS = {
     "rms_norm_gated_backward_kernel": (2.1, 1.1),
     "selective_scan_backward_kernel": (1.6, 1.1),
     "selective_scan_reduce_tokens_kernel": (2.6, 1.1),
+    "ssd_backward_kernel": (1.85, 1.8),
+    "ssd_backward_states_kernel": (2.05, 2.05),
+    "ssd_backward_steps_kernel": (1.65, 1.25),
+    "ssd_reduce_heads_kernel": (1.4, 1.1),
+    "ssd_reduce_steps_kernel": (1.85, 1.2),
 }
 
 

@@ -136,7 +136,8 @@ def ssd_backward(batch: int, time: int, heads: int) -> Work:
     forward, back = (
         Launch(f"ssd_backward_states_kernel<Half, {reverse}>", blocks=batch * heads, dynamic_shared=54272,
                bytes_moved=2 * elements + shared + kept + 3 * per_token,
-               iterations={"HMMA.16816": each, "LDGSTS.128 -HMMA.16816": 2 * each, "STS.128 MUFU.EX2": 2 * each})
+               iterations={"HMMA.16816": 4 * each, "BAR STG.32": each, "LDGSTS.128 -HMMA.16816": 2 * each,
+                           "STS.128 MUFU.EX2": 2 * each})
         for reverse in ("false", "true")
     )
     local = Launch(

@@ -6,7 +6,13 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-inline vf remain(vf p, vf y) { return fma(-p, y, y); }   // (1 - p) y
+inline vf remain(vf p, vf y) {   // (1 - p) y
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+  return fma(-p, y, y);
+#else   // not fused, y - p y loses what p y was rounded by; from p = 1/2 on 1 - p is exact
+  return select(p > 0.5f, (1.f - p) * y, y - p * y);
+#endif
+}
 inline vf next(vf p, vf x, vf y) { return fma(p, x, remain(p, y)); }
 
 constexpr int kVectors = kEmaBlock / W;

@@ -10,8 +10,8 @@
 namespace pyseq::ssd {
 namespace {
 
-void fill_nan(std::initializer_list<Tensor> tensors) {
-  for (Tensor t : tensors) torch::stable::fill_(t, std::nan(""));
+void fill(std::initializer_list<Tensor> tensors, double value) {
+  for (Tensor t : tensors) torch::stable::fill_(t, value);
 }
 
 int64_t checked(int64_t chunk) {
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, const Tens
   const std::initializer_list<int64_t> states = {s.sequences, s.heads, s.width, s.states};
   const Tensor last = return_state ? new_tensor(x, states, ScalarType::Float) : absent(x);
   if (args.invalid()) {
-    fill_nan({y, last});
+    fill({y, last}, std::nan(""));
     return {y, last};
   }
   s.y = view(y);
@@ -111,7 +111,11 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
     return {dx, ddt, as(dA, A), dB, dC, as(dD, D), dz, as(dbias, dt_bias), as(dstate, state)};
   };
   if (args.invalid()) {
-    fill_nan({dx, ddt, dA, dB, dC, dD, dz, dbias, dstate});
+    fill({dx, ddt, dA, dB, dC, dD, dz, dbias, dstate}, std::nan(""));
+    return result();
+  }
+  if (s.heads == 0) {   // sums over no head
+    fill({dB, dC}, 0);
     return result();
   }
   s.chunk = checked(chunk);

@@ -7,7 +7,9 @@
 namespace pyseq {
 
 namespace causal_conv1d { void cpu(Library&); void cuda(Library&); }
+namespace delta_rule { void cpu(Library&); void cuda(Library&); }
 namespace ema { void cpu(Library&); void cuda(Library&); }
+namespace gated_delta_rule { void cpu(Library&); void cuda(Library&); }
 namespace linear { void cpu(Library&); }
 namespace mamba2_step { void cpu(Library&); void cuda(Library&); }
 namespace mamba_step { void cpu(Library&); void cuda(Library&); }
@@ -24,7 +26,9 @@ struct Entry {
 
 constexpr Entry kCpu[] = {
     {"causal_conv1d", causal_conv1d::cpu},
+    {"delta_rule", delta_rule::cpu},
     {"ema", ema::cpu},
+    {"gated_delta_rule", gated_delta_rule::cpu},
     {"linear", linear::cpu},
     {"mamba2_step", mamba2_step::cpu},
     {"mamba_step", mamba_step::cpu},
@@ -36,7 +40,9 @@ constexpr Entry kCpu[] = {
 #ifdef PYSEQ_WITH_CUDA
 constexpr Entry kCuda[] = {
     {"causal_conv1d", causal_conv1d::cuda},
+    {"delta_rule", delta_rule::cuda},
     {"ema", ema::cuda},
+    {"gated_delta_rule", gated_delta_rule::cuda},
     {"mamba2_step", mamba2_step::cuda},
     {"mamba_step", mamba_step::cuda},
     {"rms_norm_gated", rms_norm_gated::cuda},

@@ -16,7 +16,16 @@ from .layers.mamba import Mamba
 from .layers.mamba2 import Mamba2
 from .models.pretrained import from_pretrained
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from .ops.delta_rule import delta_rule, delta_rule_step, gla, gla_step, rwkv7, rwkv7_step
 from .ops.ema import ema, ema_step
+from .ops.gated_delta_rule import (
+    delta_net,
+    delta_net_step,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    kimi_delta_rule,
+    kimi_delta_rule_step,
+)
 from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.mamba2_step import mamba2_step
 from .ops.mamba_step import mamba_step
@@ -32,10 +41,20 @@ __all__ = [
     "__version__",
     "causal_conv1d",
     "causal_conv1d_step",
+    "delta_net",
+    "delta_net_step",
+    "delta_rule",
+    "delta_rule_step",
     "ema",
     "ema_step",
     "explain",
     "from_pretrained",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "gla",
+    "gla_step",
+    "kimi_delta_rule",
+    "kimi_delta_rule_step",
     "linear",
     "mamba2_step",
     "mamba_step",
@@ -43,6 +62,8 @@ __all__ = [
     "pack_linear",
     "reference",
     "rms_norm_gated",
+    "rwkv7",
+    "rwkv7_step",
     "selective_scan",
     "selective_scan_step",
     "ssd",

@@ -155,7 +155,7 @@ def error(
 
 def products_of(op: Op, arguments: dict[str, Any]) -> torch.dtype | None:
     """The type that `op` rounds operands to for these arguments: where all that it multiplies has that type."""
-    types = {arguments[n].dtype for n in op.operands}
+    types = {arguments[n].dtype for n in op.operands if arguments.get(n) is not None}
     return op.products if types == {op.products} and not arguments.get("exact") else None
 
 

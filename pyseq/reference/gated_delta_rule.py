@@ -37,7 +37,7 @@ def gated_delta_rule(
         if state is not None:
             S = state.clone() if cu_seqlens is None else state[s : s + 1]
         for t in range(begin, end):
-            S, y = _advance(S, *_at(t, q, k, v, g, beta), scale)
+            S, y = _advance(S, *_at(t, q, k, v, g, beta), scale=scale)
             ys.append(y[:, None])
         states.append(S)
     y = torch.cat(ys, 1).to(dtype)

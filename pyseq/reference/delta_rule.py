@@ -1,7 +1,8 @@
-"""Generalised delta rule: S[t] = diag(exp(g[t])) S[t-1] + b[t] (S[t-1]^T a[t])^T + k[t] v[t]^T, y[t] = scale S[t]^T q[t].
+"""Generalised delta rule: S[t] = diag(exp(g[t])) S[t-1] + b[t] (S[t-1]^T a[t])^T + k[t] v[t]^T,
+y[t] = scale S[t]^T q[t].
 
-q, k, a, b [B, T, H, K]; g the same or [B, T, H]; v [B, T, H, V]; state [B, H, K, V]; packed by cu_seqlens [S + 1]: batch
-1, states [S, H, K, V].
+q, k, a, b [B, T, H, K]; g the same or [B, T, H]; v [B, T, H, V]; state [B, H, K, V]; packed by cu_seqlens [S + 1]:
+batch 1, states [S, H, K, V].
 """
 
 from itertools import pairwise
@@ -9,7 +10,7 @@ from itertools import pairwise
 import torch
 
 
-def _advance(S, q, k, v, a, b, g, scale):
+def _advance(S, scale, q, k, v, a, b, g):
     """One token: S [B, H, K, V]; q, k, a, b [B, H, K]; g the same or [B, H]; v [B, H, V]. Everything in S's dtype."""
     decayed = S
     if g is not None:
@@ -45,7 +46,7 @@ def delta_rule(
         if state is not None:
             S = state.clone() if cu_seqlens is None else state[s : s + 1]
         for t in range(begin, end):
-            S, y = _advance(S, *_at(t, q, k, v, a, b, g), scale=scale)
+            S, y = _advance(S, scale, *_at(t, q, k, v, a, b, g))
             ys.append(y[:, None])
         states.append(S)
     y = torch.cat(ys, 1).to(dtype)
@@ -56,7 +57,7 @@ def delta_rule_step(state, q, k, v, a, b, g, *, scale=1.0):
     """q, k, a, b [B, H, K]; g the same or [B, H]; v [B, H, V]. Updates state in place and returns y [B, H, V]."""
     dtype = q.dtype
     q, k, v, a, b, g, S = _wide(q, k, v, a, b, g, state)
-    S, y = _advance(S, q, k, v, a, b, g, scale)
+    S, y = _advance(S, scale, q, k, v, a, b, g)
     state.copy_(S)
     return y.to(dtype)
 

@@ -12,7 +12,7 @@ import torch
 from .delta_rule import _at, _wide
 
 
-def _advance(S, q, k, v, g, beta, scale):
+def _advance(S, scale, q, k, v, g, beta):
     """One token: S [B, HV, K, V]; q, k [B, H, K]; v [B, HV, V]; beta [B, HV]. Everything in S's dtype."""
     per_head = v.shape[1] // q.shape[1]
     q, k = q.repeat_interleave(per_head, 1), k.repeat_interleave(per_head, 1)
@@ -37,7 +37,7 @@ def gated_delta_rule(
         if state is not None:
             S = state.clone() if cu_seqlens is None else state[s : s + 1]
         for t in range(begin, end):
-            S, y = _advance(S, *_at(t, q, k, v, g, beta), scale=scale)
+            S, y = _advance(S, scale, *_at(t, q, k, v, g, beta))
             ys.append(y[:, None])
         states.append(S)
     y = torch.cat(ys, 1).to(dtype)
@@ -49,7 +49,7 @@ def gated_delta_rule_step(state, q, k, v, g, beta, *, scale=None):
     dtype = q.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v, g, beta, S = _wide(q, k, v, g, beta, state)
-    S, y = _advance(S, q, k, v, g, beta, scale)
+    S, y = _advance(S, scale, q, k, v, g, beta)
     state.copy_(S)
     return y.to(dtype)
 

@@ -1,6 +1,6 @@
 // A chunk of a sequence in the scratch of a thread: its tokens as float32 matrices, and the decays between them.
 #pragma once
-#include "ssd/tile.h"
+#include "cpu/tile.h"
 #include "ssd/update.h"
 
 namespace pyseq::PYSEQ_ISA {

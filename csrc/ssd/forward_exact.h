@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "ssd/tile.h"
+#include "cpu/tile.h"
 #include "ssd/update.h"
 
 namespace pyseq::PYSEQ_ISA {

@@ -10,7 +10,8 @@ constexpr int kTileRows = 6, kTileVectors = W == 16 ? 4 : 2;
 
 inline int64_t whole_vectors(int64_t n) { return (n + W - 1) / W * W; }
 
-// What a number of a matrix is: a float32, or (AVX-512 with bfloat16 products, which the caller knows of) a word of two bfloat16 that lie along k.
+// What a number of a matrix is: a float32, or (AVX-512, where the caller knows of products of pairs) a word of two
+// bfloat16 that lie along k.
 struct Singles {
   static vf add(vf a, vf w, vf sum) { return fma(a, w, sum); }
   static int64_t words(int64_t k) { return k; }

@@ -1,0 +1,73 @@
+// What all passes share: which tokens a sequence has, where its tensors lie, and the state in panels of columns.
+#pragma once
+#include <algorithm>
+
+#include "cpu/tile.h"
+#include "gated_delta_rule/token.h"
+
+namespace pyseq::PYSEQ_ISA {
+namespace {
+
+// The state of a head in scratch is cut into panels of kPanel columns, each [K, kPanel] by itself, so that one stays in
+// the first-level cache: 16 KB for 128 keys. Columns behind V are zero.
+constexpr int kPanelVectors = 2;
+constexpr int64_t kPanel = kPanelVectors * W;
+
+inline int64_t panels(int64_t values) { return (values + kPanel - 1) / kPanel; }
+
+// Pieces of the scratch of a thread, 64-byte aligned.
+struct Scratch {
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* const piece = base ? base + used : nullptr;
+    used += (floats + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+struct Sequence {
+  int64_t number, row, begin, end, slot;   // row of the batch, tokens [begin, end), slot of its first kept state
+};
+
+inline Sequence sequence_at(const GatedDeltaRule& s, int64_t i) {
+  const int64_t slot = gated_delta_slot(s.time, s.cu_seqlens, i);
+  return s.cu_seqlens ? Sequence{i, 0, s.cu_seqlens[i], s.cu_seqlens[i + 1], slot} : Sequence{i, i, 0, s.time, slot};
+}
+
+// Element of head `head` of token t, of a tensor with rows per head; and of one with numbers per head.
+inline int64_t row_at(const View& x, const Sequence& q, int64_t t, int64_t head) {
+  return q.row * x.stride[0] + t * x.stride[1] + head * x.stride[2];
+}
+inline int64_t number_at(const View& x, const Sequence& q, int64_t t, int64_t head) {
+  return q.row * x.stride[0] + t * x.stride[1] + head;
+}
+
+// A state [K, V] to panels and back; null: zeros.
+inline void load_state(float* to, const float* from, int64_t keys, int64_t values) {
+  for (int64_t p = 0; p < values; p += kPanel) {
+    for (int64_t i = 0; i < keys; ++i, to += kPanel) {
+      for (int n = 0; n < kPanelVectors; ++n) {
+        const int64_t column = p + n * W;
+        store(to + n * W, from && column < values ? load(from + i * values + column, values - column) : vf{});
+      }
+    }
+  }
+}
+inline void store_state(float* to, const float* from, int64_t keys, int64_t values) {
+  for (int64_t p = 0; p < values; p += kPanel) {
+    for (int64_t i = 0; i < keys; ++i, from += kPanel) {
+      for (int64_t column = p; column < p + kPanel && column < values; column += W) {
+        store(to + i * values + column, load(from + column - p), values - column);
+      }
+    }
+  }
+}
+
+// Where the state [K, V] of a head in an array of states [.., HV, K, V] is; null stays null.
+template <class T> inline T* state_of(const GatedDeltaRule& s, T* states, int64_t i, int64_t head) {
+  return states ? states + (i * s.value_heads + head) * s.keys * s.values : nullptr;
+}
+
+}  // namespace
+}  // namespace pyseq::PYSEQ_ISA

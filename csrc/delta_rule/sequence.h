@@ -1,0 +1,44 @@
+// Where a unit of work lies: some columns of the state of one head in one sequence.
+#pragma once
+#include <algorithm>
+
+#include "cpu/tile.h"
+#include "delta_rule/kernel.h"
+
+namespace pyseq::PYSEQ_ISA {
+namespace {
+
+struct Unit {
+  int64_t sequence, row, begin, end;   // tokens [begin, end) of batch row `row`
+  int64_t head, column, columns;
+
+  int64_t at(const View& x, int64_t t) const { return row * x.stride[0] + t * x.stride[1] + head * x.stride[2]; }
+};
+
+// `width` columns to a unit.
+inline int64_t parts_of(const DeltaRule& s, int64_t width) { return (s.values + width - 1) / width; }
+inline Unit unit_at(const DeltaRule& s, int64_t width, int64_t unit) {
+  Unit u{};
+  u.column = unit % parts_of(s, width) * width;
+  u.columns = std::min(width, s.values - u.column);
+  unit /= parts_of(s, width);
+  u.head = unit % s.heads;
+  u.sequence = unit / s.heads;
+  u.row = s.cu_seqlens ? 0 : u.sequence;
+  u.begin = s.cu_seqlens ? s.cu_seqlens[u.sequence] : 0;
+  u.end = s.cu_seqlens ? s.cu_seqlens[u.sequence + 1] : s.time;
+  return u;
+}
+
+// One head of a packed array of states [n, H, K, V], at the unit's first column.
+inline int64_t state_at(const DeltaRule& s, const Unit& u, int64_t n) {
+  return (n * s.heads + u.head) * s.keys * s.values + u.column;
+}
+// The state that is kept before token t of the sequence, or null.
+inline float* kept_at(const DeltaRule& s, const Unit& u, int64_t t) {
+  if (!s.kept || (t - u.begin) % kDeltaKeep != 0) return nullptr;
+  return s.kept + state_at(s, u, delta_slot(s.time, s.cu_seqlens, u.sequence) + (t - u.begin) / kDeltaKeep);
+}
+
+}  // namespace
+}  // namespace pyseq::PYSEQ_ISA

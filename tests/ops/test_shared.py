@@ -241,7 +241,7 @@ def test_steps_equal_the_sequence(op, sample, backend):
         _, state = op.function(**cut(op, arguments, 0, 0))
         options = {n: v for n, v in arguments.items() if n not in (*op.time, "state", "return_state")}
         steps = [
-            op.step(state, **{n: arguments[n][:, t] for n in op.time if arguments.get(n) is not None}, **options)
+            op.step(state, **{n: v if v is None else v[:, t] for n, v in arguments.items() if n in op.time}, **options)
             for t in range(time)
         ]
         stepped = torch.stack(steps, 1) if steps else y

@@ -1,0 +1,222 @@
+// A chunk of 16 tokens in the scratch of a thread: its rows in float32, padded with tokens that do nothing, and what the
+// forward pass makes of them (kernel.h).
+#pragma once
+#include <algorithm>
+
+#include "cpu/tile.h"
+#include "delta_rule/kernel.h"
+
+namespace pyseq::PYSEQ_ISA {
+namespace {
+
+constexpr int kTokens = 16;
+constexpr int kChunks = kDeltaKeep / kTokens;   // between two kept states
+
+// Where things lie: `from` is null while their sizes are counted.
+struct Scratch {
+  float* from;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* const p = from ? from + used : nullptr;
+    used += (floats + 15) / 16 * 16;
+    return p;
+  }
+};
+
+// Sizes of the matrices: rows of whole vectors over keys and over values.
+struct Sizes {
+  int64_t keys, values, key_width, value_width;
+  bool corrected;
+  int scores;   // between two tokens: Aqk, Aqb, Aak, Aab, or Aqk alone
+
+  explicit Sizes(const DeltaRule& s)
+      : keys(s.keys), values(s.values), key_width(whole_vectors(s.keys)), value_width(whole_vectors(s.values)),
+        corrected(s.a), scores(corrected ? 4 : 1) {}
+};
+
+enum Score { qk, qb, ak, ab };
+
+struct Chunk {
+  float *q, *k, *a, *b;              // [16, K]
+  float* decay;                      // [16, K]: exp(g)
+  float *q_in, *a_in;                // [16, K]: Q exp(gi), A exp(ge)
+  float *k_out, *b_out;              // [16, K]: K exp(gl - gi), B exp(gl - gi)
+  float* whole;                      // [K]: exp(gl)
+  float* v;                          // [16, V], and behind it
+  float* p;                          // [16, V]
+  float* scores;                     // [j, i, scores], j <= i
+  float* state;                      // [K, V], before the chunk
+
+  Chunk() = default;
+  Chunk(const Sizes& z, Scratch& m) {
+    const int64_t rows = kTokens * z.key_width;
+    for (float** x : {&q, &k, &decay, &q_in, &k_out}) *x = m.take(rows);
+    for (float** x : {&a, &b, &a_in, &b_out}) *x = z.corrected ? m.take(rows) : nullptr;
+    whole = m.take(z.key_width);
+    v = m.take((z.corrected ? 2 : 1) * kTokens * z.value_width);
+    p = z.corrected && v ? v + kTokens * z.value_width : nullptr;
+    scores = m.take(kTokens * kTokens * z.scores);
+    state = m.take(z.keys * z.value_width);
+  }
+};
+
+// Tokens [begin, begin + tokens) of a row of the batch in one head.
+struct Place {
+  int64_t row, begin, tokens, head;
+  int64_t at(const View& x, int64_t t = 0) const {
+    return row * x.stride[0] + (begin + t) * x.stride[1] + head * x.stride[2];
+  }
+  int64_t one_at(const View& x, int64_t t) const {   // one number per head, along the last axis
+    return row * x.stride[0] + (begin + t) * x.stride[1] + head;
+  }
+};
+
+inline void read_rows(float* to, const View& x, const Place& here, int64_t columns) {
+  const int64_t width = whole_vectors(columns);
+  const int64_t tokens = x ? here.tokens : 0;
+  if (tokens) load_rows(to, x, here.at(x), x.stride[1], tokens, columns);
+  std::fill_n(to + tokens * width, (kTokens - tokens) * width, 0.f);
+}
+
+inline vf decay_of(vf g) { return select(g <= 0.f, exp(g), splat(NAN)); }
+
+inline void read_decays(const DeltaRule& s, const Sizes& z, const Place& here, float* decay) {
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const bool given = s.g && t < here.tokens;
+    const bool each = given && !s.one_decay, shared = given && s.one_decay;
+    const int64_t at = each ? here.at(s.g, t) : 0;
+    const vf one = shared ? decay_of(splat(load(s.g, here.one_at(s.g, t), 1)[0])) : splat(1.f);
+    for (int64_t d = 0; d < z.key_width; d += W) {
+      store(decay + t * z.key_width + d, each ? decay_of(load(s.g, at + d, z.keys - d)) : one);
+    }
+  }
+}
+
+// The rows decayed from the state before the chunk and to the state after it: running products, nothing divided.
+inline void decay_rows(const Sizes& z, const Chunk& c) {
+  for (int64_t d = 0; d < z.key_width; d += W) {
+    vf L = splat(1.f), R = L;
+    for (int64_t i = 0; i < kTokens; ++i) {
+      const int64_t at = i * z.key_width + d;
+      if (z.corrected) store(c.a_in + at, load(c.a + at) * L);
+      L *= load(c.decay + at);
+      store(c.q_in + at, load(c.q + at) * L);
+    }
+    store(c.whole + d, L);
+    for (int64_t j = kTokens - 1; j >= 0; --j) {
+      const int64_t at = j * z.key_width + d;
+      store(c.k_out + at, load(c.k + at) * R);
+      if (z.corrected) store(c.b_out + at, load(c.b + at) * R);
+      R *= load(c.decay + at);
+    }
+  }
+}
+
+inline void read_chunk(const DeltaRule& s, const Sizes& z, const Place& here, const Chunk& c) {
+  read_rows(c.q, s.q, here, z.keys);
+  read_rows(c.k, s.k, here, z.keys);
+  if (z.corrected) read_rows(c.a, s.a, here, z.keys);
+  if (z.corrected) read_rows(c.b, s.b, here, z.keys);
+  read_rows(c.v, s.v, here, z.values);
+  read_decays(s, z, here, c.decay);
+  decay_rows(z, c);
+}
+
+// Adds the part of C vectors of keys from d to sums[i][m], the scores of token j with the tokens i behind it.
+template <bool corrected, int C>
+[[gnu::always_inline]] inline void add_scores(const Sizes& z, const Chunk& c, int64_t j, int64_t d, vf (*sums)[4]) {
+  vf k[C], b[C];
+#pragma GCC unroll 4
+  for (int n = 0; n < C; ++n) {
+    k[n] = load(c.k + j * z.key_width + d + n * W);
+    if constexpr (corrected) b[n] = load(c.b + j * z.key_width + d + n * W);
+  }
+  for (int64_t i = j; i < kTokens; ++i) {
+    const int64_t row = i * z.key_width + d;
+    vf* const sum = sums[i];
+    if (i > j) {
+#pragma GCC unroll 4
+      for (int n = 0; n < C; ++n) {
+        const vf decay = load(c.decay + row + n * W);
+        if constexpr (corrected) {
+          const vf a = load(c.a + row + n * W);
+          sum[ak] = fma(a, k[n], sum[ak]);
+          sum[ab] = fma(a, b[n], sum[ab]);
+          b[n] *= decay;
+        }
+        k[n] *= decay;
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < C; ++n) {
+      const vf q = load(c.q + row + n * W);
+      sum[qk] = fma(q, k[n], sum[qk]);
+      if constexpr (corrected) sum[qb] = fma(q, b[n], sum[qb]);
+    }
+  }
+}
+
+template <bool corrected> void score_tokens(const Sizes& z, const Chunk& c) {
+  for (int64_t j = 0; j < kTokens; ++j) {
+    vf sums[kTokens][4] = {};
+    int64_t d = 0;
+    for (; d + 3 * W < z.key_width; d += 4 * W) add_scores<corrected, 4>(z, c, j, d, sums);
+    for (; d < z.key_width; d += W) add_scores<corrected, 1>(z, c, j, d, sums);
+    float* const to = c.scores + j * kTokens * z.scores;
+    if constexpr (corrected) {
+      for (int64_t i = j / (W / 4) * (W / 4); i < kTokens; i += W / 4) {
+        vf parts[W / 4];
+        for (int r = 0; r < W / 4; ++r) parts[r] = sum4(sums[i + r][0], sums[i + r][1], sums[i + r][2], sums[i + r][3]);
+        store(to + i * 4, sum_parts(parts));
+      }
+    } else {
+      for (int64_t i = j / W * W; i < kTokens; i += W) {
+        vf parts[W / 4];
+        for (int r = 0; r < W / 4; ++r) {
+          const int64_t n = i + 4 * r;
+          parts[r] = sum4(sums[n][qk], sums[n + 1][qk], sums[n + 2][qk], sums[n + 3][qk]);
+        }
+        store(to + i, sum_parts(parts));
+      }
+    }
+  }
+}
+
+// P = Aak V + (A exp(ge)) S + Aab P, a few rows at a time from the first.
+inline void correct(const Sizes& z, const Chunk& c) {
+  const int64_t row = z.scores, step = kTokens * row, width = z.value_width;
+  for_tiles(kTokens, width, [&]<int R, int C>(int64_t i, int64_t e) {
+    vf sum[R][C] = {};
+    multiply(sum, c.a_in + i * z.key_width, z.key_width, 1, c.state + e, width, z.keys);
+    multiply(sum, c.scores + i * row + ak, row, step, c.v + e, width, i);
+    multiply(sum, c.scores + i * row + ab, row, step, c.p + e, width, i);
+    const float* const near = c.scores + i * row + i * step;
+#pragma GCC unroll 6
+    for (int j = 0; j + 1 < R; ++j) {
+      multiply_one(sum, j + 1, R, near + j * step + ak, row, c.v + (i + j) * width + e);
+#pragma GCC unroll 6
+      for (int r = j + 1; r < R; ++r) {
+        const vf score = splat(near[j * step + r * row + ab]);
+#pragma GCC unroll 4
+        for (int n = 0; n < C; ++n) sum[r][n] = fma(score, sum[j][n], sum[r][n]);
+      }
+    }
+    store_tile(c.p + i * width + e, width, sum);
+  });
+}
+
+// to = exp(gl) S + (K exp(gl - gi))^T V + (B exp(gl - gi))^T P
+inline void advance(const Sizes& z, const Chunk& c, float* to) {
+  const int64_t width = z.value_width;
+  for_tiles(z.keys, width, [&]<int R, int C>(int64_t d, int64_t e) {
+    vf sum[R][C];
+    load_tile(sum, c.state + d * width + e, width);
+    scale_rows(sum, c.whole + d);
+    multiply(sum, c.k_out + d, 1, z.key_width, c.v + e, width, kTokens);
+    if (z.corrected) multiply(sum, c.b_out + d, 1, z.key_width, c.p + e, width, kTokens);
+    store_tile(to + d * width + e, width, sum);
+  });
+}
+
+}  // namespace
+}  // namespace pyseq::PYSEQ_ISA

@@ -1,0 +1,165 @@
+// What of the gradient lies along keys: dq, dk, da, db and dg of a chunk, W keys at a time.
+//
+// A token reads what one before it wrote through the decays of the tokens between. Let m be a token between the two:
+// then the decays fall into those from m to the reader and those from the writer to m, neither above 1, and all pairs
+// of the n tokens before m and the n from m on are a product of matrices. With m = 8, then 4 and 12, then 2, 6, 10 and
+// 14, then the odd ones, every pair of tokens is met once; the states before and behind the chunk are one more m at
+// either end. The gradient of a log decay is the sum of what went through it: of the readers from it on, and of the
+// writers before it. Nothing is subtracted, so it is as good as its terms however strong the decays are.
+#pragma once
+#include "delta_rule/backward_products.h"
+
+namespace pyseq::PYSEQ_ISA {
+namespace {
+
+// W keys of a chunk.
+struct Keys {
+  vf decay[kTokens], q[kTokens], k[kTokens], a[kTokens], b[kTokens];
+  vf dq[kTokens], dk[kTokens], da[kTokens], db[kTokens];
+  vf dg[kTokens];
+};
+
+template <bool corrected> void load_keys(const Sizes& z, const Chunk& c, int64_t d, Keys& x) {
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const int64_t at = t * z.key_width + d;
+    x.decay[t] = load(c.decay + at);
+    x.q[t] = load(c.q + at);
+    x.k[t] = load(c.k + at);
+    if constexpr (corrected) x.a[t] = load(c.a + at);
+    if constexpr (corrected) x.b[t] = load(c.b + at);
+  }
+}
+
+// Through the state before the chunk, and through that behind it.
+template <bool corrected> void add_states(const Sizes& z, const Gradients& w, int64_t d, Keys& x) {
+  const int64_t second = kTokens * z.key_width;   // a behind q, b behind k
+  const float *s = w.through_s + d, *g = w.through_g + d;
+  vf L = splat(1.f), R = L;
+  for (int64_t i = 0; i < kTokens; ++i) {
+    if constexpr (corrected) x.da[i] = L * load(s + second + i * z.key_width);
+    L *= x.decay[i];
+    x.dq[i] = L * load(s + i * z.key_width);
+  }
+  for (int64_t j = kTokens - 1; j >= 0; --j) {
+    x.dk[j] = R * load(g + j * z.key_width);
+    if constexpr (corrected) x.db[j] = R * load(g + second + j * z.key_width);
+    R *= x.decay[j];
+  }
+  vf sum = L * load(w.dots + d);   // from state to state
+  for (int64_t i = kTokens - 1; i >= 0; --i) {
+    sum = fma(x.q[i], x.dq[i], sum);
+    x.dg[i] = sum;
+    if constexpr (corrected) sum = fma(x.a[i], x.da[i], sum);
+  }
+  sum = vf{};
+  for (int64_t j = 0; j < kTokens; ++j) {
+    x.dg[j] += sum;
+    sum = fma(x.k[j], x.dk[j], sum);
+    if constexpr (corrected) sum = fma(x.b[j], x.db[j], sum);
+  }
+}
+
+// A token that reads what itself wrote: through no decay.
+template <bool corrected> void add_own(const Gradients& w, Keys& x) {
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const float* const score = w.scores_y + t * w.across + t;
+    x.dq[t] = fma(x.k[t], score[0], x.dq[t]);
+    x.dk[t] = fma(x.q[t], score[0], x.dk[t]);
+    if constexpr (!corrected) continue;
+    x.dq[t] = fma(x.b[t], score[kTokens], x.dq[t]);
+    x.db[t] = fma(x.q[t], score[kTokens], x.db[t]);
+  }
+}
+
+// Pairs of the n tokens before m, which write, and the n from m on, which read.
+template <bool corrected, int n> void add_pairs(const Gradients& w, int m, Keys& x) {
+  const int64_t first = m * w.across + m - n;
+  const float *const y = w.scores_y + first, *const r = corrected ? w.scores_r + first : nullptr;
+  vf after[n], k[n], b[n];   // from a writer to m; what it wrote, decayed
+  after[n - 1] = splat(1.f);
+#pragma GCC unroll 8
+  for (int j = n - 1; j >= 0; --j) {
+    if (j < n - 1) after[j] = after[j + 1] * x.decay[m - n + j + 1];
+    k[j] = x.k[m - n + j] * after[j];
+    if constexpr (corrected) b[j] = x.b[m - n + j] * after[j];
+  }
+  vf before[n + 1], q[n], a[n];   // from m to a reader: before[i] without its own decay, before[i + 1] with it
+  before[0] = splat(1.f);
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    if constexpr (corrected) a[i] = x.a[m + i] * before[i];
+    before[i + 1] = before[i] * x.decay[m + i];
+    q[i] = x.q[m + i] * before[i + 1];
+  }
+  vf sum{};
+#pragma GCC unroll 8
+  for (int i = n - 1; i >= 0; --i) {
+    vf dq{}, da{};
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) {
+      dq = fma(k[j], y[i * w.across + j], dq);
+      if constexpr (!corrected) continue;
+      dq = fma(b[j], y[i * w.across + j + kTokens], dq);
+      da = fma(k[j], r[i * w.across + j], da);
+      da = fma(b[j], r[i * w.across + j + kTokens], da);
+    }
+    x.dq[m + i] = fma(before[i + 1], dq, x.dq[m + i]);
+    sum = fma(q[i], dq, sum);
+    x.dg[m + i] += sum;
+    if constexpr (!corrected) continue;
+    x.da[m + i] = fma(before[i], da, x.da[m + i]);
+    sum = fma(a[i], da, sum);
+  }
+  sum = vf{};
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    vf dk{}, db{};
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      dk = fma(q[i], y[i * w.across + j], dk);
+      if constexpr (!corrected) continue;
+      dk = fma(a[i], r[i * w.across + j], dk);
+      db = fma(q[i], y[i * w.across + j + kTokens], db);
+      db = fma(a[i], r[i * w.across + j + kTokens], db);
+    }
+    const int t = m - n + j;
+    x.dg[t] += sum;
+    x.dk[t] = fma(after[j], dk, x.dk[t]);
+    sum = fma(k[j], dk, sum);
+    if constexpr (!corrected) continue;
+    x.db[t] = fma(after[j], db, x.db[t]);
+    sum = fma(b[j], db, sum);
+  }
+}
+
+inline void write_keys(const View& to, const Place& here, int64_t d, int64_t columns, const vf (&rows)[kTokens]) {
+  for (int64_t t = 0; t < here.tokens; ++t) store(to, here.at(to, t) + d, rows[t], columns);
+}
+
+template <bool corrected>
+void gradient_of_keys(const DeltaRule& s, const Sizes& z, const Place& here, const Chunk& c, const Gradients& w) {
+  Keys x;
+  vf sums[kTokens] = {};   // of dg over the keys, where they share a decay
+  for (int64_t d = 0; d < z.keys; d += W) {
+    load_keys<corrected>(z, c, d, x);
+    add_states<corrected>(z, w, d, x);
+    add_own<corrected>(w, x);
+    add_pairs<corrected, 8>(w, 8, x);
+    for (int m = 4; m < kTokens; m += 8) add_pairs<corrected, 4>(w, m, x);
+    for (int m = 2; m < kTokens; m += 4) add_pairs<corrected, 2>(w, m, x);
+    for (int m = 1; m < kTokens; m += 2) add_pairs<corrected, 1>(w, m, x);
+    const int64_t columns = z.keys - d;
+    write_keys(s.dq, here, d, columns, x.dq);
+    write_keys(s.dk, here, d, columns, x.dk);
+    if (corrected) write_keys(s.da, here, d, columns, x.da);
+    if (corrected) write_keys(s.db, here, d, columns, x.db);
+    if (s.dg && !s.one_decay) write_keys(s.dg, here, d, columns, x.dg);
+    for (int64_t t = 0; t < kTokens; ++t) sums[t] += x.dg[t];
+  }
+  for (int64_t t = 0; s.dg && s.one_decay && t < here.tokens; ++t) {
+    store(s.dg, here.one_at(s.dg, t), splat(sum(sums[t])), 1);
+  }
+}
+
+}  // namespace
+}  // namespace pyseq::PYSEQ_ISA

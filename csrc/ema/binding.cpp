@@ -11,8 +11,8 @@
 namespace pyseq::ema {
 namespace {
 
-void fill_nan(std::initializer_list<Tensor> tensors) {
-  for (Tensor t : tensors) torch::stable::fill_(t, std::nan(""));
+void fill(std::initializer_list<Tensor> tensors, double value) {
+  for (Tensor t : tensors) torch::stable::fill_(t, value);
 }
 
 // A thread is woken for 20 us of work: so many blocks of a row.
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& p, con
   const std::initializer_list<int64_t> chunks = {s.batch, ema_chunks(s.time), s.dim};
   const Tensor kept = keep ? in_huge_pages<twin>(new_tensor(x, chunks, ScalarType::Float)) : absent(x);
   if (args.invalid()) {
-    fill_nan({y, last, kept});
+    fill({y, last, kept}, std::nan(""));
     return {y, last, kept};
   }
   s.y = view(y);
@@ -87,11 +87,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& dy, const Opti
   const Tensor dx = large_like<twin>(x), dstate = state ? new_tensor_like(*state, ScalarType::Float) : absent(x);
   Tensor dp = new_tensor_like(p, p.scalar_type());
   if (args.invalid()) {
-    fill_nan({dx, dp, dstate});
+    fill({dx, dp, dstate}, std::nan(""));
+    return {dx, dp, dstate};
+  }
+  if (twin == Twin::cuda && s.time == 0) {   // without a token there is no address to begin at
+    if (Tensor to = dstate; state && dlast) torch::stable::copy_(to, *dlast);
+    if (state && !dlast) fill({dstate}, 0);
     return {dx, dp, dstate};
   }
   STD_TORCH_CHECK(kept.numel() == s.batch * ema_chunks(s.time) * s.dim, "ema_backward: the forward ran with keep = false");
-  const OptionalTensor dy_rows = rows_contiguous(dy), dlast_f = as_float32(dlast);
+  OptionalTensor dy_rows = rows_contiguous(dy);
+  const OptionalTensor dlast_f = as_float32(dlast);
+  if (twin == Twin::cuda && !dy_rows) {   // its kernel reads dy without asking; that only the state has a gradient is rare
+    dy_rows = new_tensor_like(x, x.scalar_type());
+    fill({*dy_rows}, 0);
+  }
   const int64_t blocks = twin == Twin::cpu ? ema_blocks(s.dim) : ema_tiles(s.dim);
   const Tensor partial = new_tensor(x, {s.batch, blocks, s.time}, ScalarType::Float);
   s.kept = floats(kept);

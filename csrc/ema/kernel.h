@@ -35,7 +35,7 @@ struct Ema {
 
 struct EmaBackward {
   Ema forward;                  // y and state_out are not used
-  View dy, dx;                  // [B, T, D] of x's dtype; dy null: zeros
+  View dy, dx;                  // [B, T, D] of x's dtype; dy null, on a CPU: zeros
   View dp;                      // CUDA: [B, T], contiguous
   const float* dstate_out;      // [S, D]; null: zeros
   float* dstate;                // [S, D] or null

@@ -92,7 +92,7 @@ __device__ __forceinline__ void fetch_rows(Raw<E> (&rows)[kTokens], const View& 
                                            bool wide) {
   const E* from = at.at<const E>(x, t);
 #pragma unroll
-  for (int i = 0; i < kTokens; ++i, from += x.stride[1]) rows[i] = x && i < tokens ? at.fetch(from, wide) : Raw<E>{};
+  for (int i = 0; i < kTokens; ++i, from += x.stride[1]) rows[i] = i < tokens ? at.fetch(from, wide) : Raw<E>{};
 }
 
 __device__ __forceinline__ int tokens_from(const Ema& s, int64_t t) {

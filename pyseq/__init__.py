@@ -12,6 +12,8 @@ except ImportError as error:
 
 from . import models, reference
 from ._explain import explain
+from .layers.gated_delta_net import GatedDeltaNet
+from .layers.kimi_delta_attention import KimiDeltaAttention
 from .layers.mamba import Mamba
 from .layers.mamba2 import Mamba2
 from .models.pretrained import from_pretrained
@@ -35,6 +37,8 @@ from .ops.ssd import ssd, ssd_step
 
 __version__ = "0.1.0"
 __all__ = [
+    "GatedDeltaNet",
+    "KimiDeltaAttention",
     "Mamba",
     "Mamba2",
     "PackedLinear",

@@ -6,6 +6,9 @@ namespace pyseq {
 
 constexpr float kLog2e = 1.44269504f;
 
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+__device__ __forceinline__ int within(int most, int count) { return min(max(count, 0), most); }
+
 // 2^x, one instruction (2 ulp, denormals flushed to zero); exp(x) = ex2(x log2 e).
 __device__ __forceinline__ float ex2(float x) {
 #ifdef __CUDACC__

@@ -72,10 +72,10 @@ constexpr int64_t kDeltaKeep = 64;   // tokens between two kept states
 
 // Sequence i keeps the states before its tokens 0, 64, 128, ... in slots delta_slot(s, i) and on, fewer than
 // delta_slots(s) in all; of a packed sequence they begin at its first token's number / 64 + i.
-inline int64_t delta_slots(int64_t batch, int64_t time, int64_t sequences, bool packed) {
+constexpr int64_t delta_slots(int64_t batch, int64_t time, int64_t sequences, bool packed) {
   return packed ? time / kDeltaKeep + sequences : batch * ((time + kDeltaKeep - 1) / kDeltaKeep);
 }
-inline int64_t delta_slot(int64_t time, const int64_t* cu_seqlens, int64_t i) {
+constexpr int64_t delta_slot(int64_t time, const int64_t* cu_seqlens, int64_t i) {
   return cu_seqlens ? cu_seqlens[i] / kDeltaKeep + i : i * ((time + kDeltaKeep - 1) / kDeltaKeep);
 }
 

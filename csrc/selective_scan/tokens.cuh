@@ -10,8 +10,6 @@
 namespace pyseq {
 namespace {
 
-__device__ __forceinline__ int within(int most, int count) { return min(max(count, 0), most); }
-
 template <int L> struct Tokens {
   using Place = Floats<L>;
   static constexpr int kPasses = kTokens<L> / L;               // a warp copies L rows at a time

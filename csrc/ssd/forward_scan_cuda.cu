@@ -85,7 +85,7 @@ __device__ __forceinline__ void scan(States<F>& S, const Tokens<L, F>& t, int i)
       for (int e = 0; e < 4; ++e) B[4 * f + e] = b[e], C[4 * f + e] = c[e];
     }
     const Vec<4> part = advance<kOutput, F>(S, a, dx, B, C);
-    if constexpr (kOutput) y[k] = sum_over_states<L>(part, t.lane);
+    if constexpr (kOutput) y[k] = sum_over_lanes<L>(part, t.lane);
   }
   if constexpr (kOutput) {
 #pragma unroll

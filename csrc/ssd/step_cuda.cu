@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 3) ssd_step_kernel(SsdStep s, Wide w
 #pragma unroll
       for (int e = 0; e < 4; ++e) B[i + e] = b[e], C[i + e] = c[e];
     }
-    const float more = sum_over_states<L>(advance<true, F>(S, a, dx, B, C), lane);
+    const float more = sum_over_lanes<L>(advance<true, F>(S, a, dx, B, C), lane);
     y = slice ? y + more : more;   // slice by slice, as the forward adds them
 #pragma unroll
     for (int r = 0; r < 4; ++r) {

@@ -4,20 +4,13 @@
 // A thread copies 4 neighbouring elements at a time, as they are, to where they wait in shared memory while the tokens
 // before are computed. Converted, they are left there in float32.
 #pragma once
-#include "cuda/async.cuh"
+#include "cuda/staging.cuh"
 #include "ssd/forward.cuh"
 
 namespace pyseq {
 namespace {
 
 constexpr int kTokens = 16;
-
-// A tensor on its way in: how it is read, and where its elements wait, in bytes.
-struct Stream {
-  View x;
-  bool wide;   // 4 elements at a time
-  int raw;
-};
 
 // Shared memory: B and C in float32, then as they came; then, for each warp, x and y in float32, delta and decay, x and
 // z as they came.
@@ -27,7 +20,7 @@ template <int L, int F> struct Place {
 };
 
 struct Layout {
-  Stream B, C, x, z;
+  Staged B, C, x, z;
   bool wide_y;
   int shared, own;   // bytes of the block, of each warp
 };
@@ -37,34 +30,12 @@ template <int L, int F> Layout layout(const Ssd& s) {
   Layout at{};
   at.shared = At::kShared * 4;
   at.own = At::kOwn * 4;
-  const auto stream = [](const View& x, int axes, int elements, int& end) {
-    const Stream stream{x, vectorisable(x, 4, axes), end};
-    end += x ? elements * int(size_of(x.type)) : 0;
-    return stream;
-  };
-  at.B = stream(s.B, 3, At::kC, at.shared);
-  at.C = stream(s.C, 3, At::kC, at.shared);
-  at.x = stream(s.x, 3, At::kY, at.own);
-  at.z = stream(s.z, 3, At::kY, at.own);
+  at.B = stage(s.B, 3, At::kC, at.shared);
+  at.C = stage(s.C, 3, At::kC, at.shared);
+  at.x = stage(s.x, 3, At::kY, at.own);
+  at.z = stage(s.z, 3, At::kY, at.own);
   at.wide_y = vectorisable(s.y, 4, 3);
   return at;
-}
-
-// Copies 4 elements, zeros for those from `count` on. What cannot be one access is not worth overlapping. The copies do
-// not ask what a number means, only how long it is.
-__device__ __forceinline__ void copy_four(const Stream& x, unsigned char* to, int64_t offset, int count) {
-  const int size = int(size_of(x.x.type));
-  const unsigned char* const from = static_cast<const unsigned char*>(x.x.data) + offset * size;
-  if (x.wide) {
-    if (size == 4) cp_async<16>(to, from, count * 4);
-    else cp_async<8>(to, from, count * 2);
-    return;
-  }
-#pragma unroll 1
-  for (int i = 0; i < 4; ++i) {
-    if (size == 4) reinterpret_cast<uint32_t*>(to)[i] = i < count ? reinterpret_cast<const uint32_t*>(from)[i] : 0u;
-    else reinterpret_cast<uint16_t*>(to)[i] = i < count ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t(0);
-  }
 }
 
 template <int L, int F> struct Tokens {
@@ -93,7 +64,7 @@ template <int L, int F> struct Tokens {
     return there ? load(s.dt, row * s.dt.stride[0] + (begin + lane) * s.dt.stride[1] + head) : 0.f;
   }
 
-  __device__ __forceinline__ void fetch_rows(const Stream& x, int begin) const {
+  __device__ __forceinline__ void fetch_rows(const Staged& x, int begin) const {
     const int size = int(size_of(x.x.type)), count = within(4, rows - four());
 #pragma unroll 1
     for (int k = 0; k < kPasses; ++k) {
@@ -101,7 +72,7 @@ template <int L, int F> struct Tokens {
       copy_four(x, own + x.raw + (k * 32 + lane) * 4 * size, of_row(x.x, begin + t), t < left(begin) ? count : 0);
     }
   }
-  __device__ __forceinline__ void fetch_states(const Stream& x, int begin, int slice) const {
+  __device__ __forceinline__ void fetch_states(const Staged& x, int begin, int slice) const {
     const int size = int(size_of(x.x.type));
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < kFours; i += kThreads) {
@@ -117,19 +88,19 @@ template <int L, int F> struct Tokens {
     if (kOutput && s.z) fetch_rows(at.z, begin);
   }
 
-  __device__ __forceinline__ Vec<4> raw(const unsigned char* memory, const Stream& x, int i) const {
-    return load_vec<4>(View{const_cast<unsigned char*>(memory) + x.raw, x.x.type, {}}, i * 4, true);
-  }
-  __device__ __forceinline__ void convert_states(const Stream& x, int to) const {
+  __device__ __forceinline__ void convert_states(const Staged& x, int to) const {
 #pragma unroll
     for (int k = 0; k < kFoursEach; ++k) {
       const int i = k * kThreads + int(threadIdx.x);
-      if (kFours % kThreads == 0 || i < kFours) store_vec<4>(block(to) + i * 4, raw(shared, x, i));
+      if (kFours % kThreads == 0 || i < kFours) store_vec<4>(block(to) + i * 4, staged_four(shared, x, i));
     }
   }
   __device__ __forceinline__ void convert_rows() const {
 #pragma unroll
-    for (int k = 0; k < kPasses; ++k) store_vec<4>(warp(At::kX) + (k * 32 + lane) * 4, raw(own, at.x, k * 32 + lane));
+    for (int k = 0; k < kPasses; ++k) {
+      const int i = k * 32 + lane;
+      store_vec<4>(warp(At::kX) + i * 4, staged_four(own, at.x, i));
+    }
   }
   // delta and decay of the tokens; returns the logarithm of this lane's.
   __device__ __forceinline__ float convert_steps(float dt, float A, int begin) const {
@@ -166,7 +137,7 @@ template <int L, int F> struct Tokens {
         for (int c = 0; c < 4; ++c) y[c] = fmaf(D[c], x[c], y[c]);
       }
       if (s.z) {
-        const Vec<4> z = raw(own, at.z, i);
+        const Vec<4> z = staged_four(own, at.z, i);
 #pragma unroll
         for (int c = 0; c < 4; ++c) y[c] *= silu(z[c]);
       }

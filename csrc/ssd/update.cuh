@@ -2,6 +2,7 @@
 // agree bit for bit.
 #pragma once
 #include "cuda/math.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
 #include "ssd/kernel.h"
 
@@ -27,9 +28,6 @@ template <class Function> auto for_states(int64_t N, const Function& f) {
 template <int F> struct States {
   float v[4][4 * F];
 };
-
-__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
-__device__ __forceinline__ int within(int most, int count) { return min(max(count, 0), most); }
 
 // delta from dt: bias, softplus, limits. NaN stays NaN.
 template <class Problem> __device__ __forceinline__ float step_size(const Problem& s, float dt, int head) {
@@ -59,20 +57,6 @@ __device__ __forceinline__ Vec<4> advance(States<F>& S, float a, const Vec<4>& d
     }
   }
   return y;
-}
-
-// Sums y over the L lanes of its rows by recursive halving: 4 rows at the price of 3 shuffles where L is 4. A lane is
-// left with the sum of row sum_row(lane) of its 4; from the fifth of the L lanes on they are repeated.
-__device__ __forceinline__ int sum_row(int lane) { return lane % 2 * 2 + lane / 2 % 2; }
-template <int L> __device__ __forceinline__ float sum_over_states(const Vec<4>& y, int lane) {
-  const bool upper = lane % 2, next = lane / 2 % 2;
-  const float give0 = upper ? y[0] : y[2], give1 = upper ? y[1] : y[3];
-  const float sum0 = (upper ? y[2] : y[0]) + __shfl_xor_sync(~0u, give0, 1);
-  const float sum1 = (upper ? y[3] : y[1]) + __shfl_xor_sync(~0u, give1, 1);
-  float sum = (next ? sum1 : sum0) + __shfl_xor_sync(~0u, next ? sum0 : sum1, 2);
-#pragma unroll
-  for (int d = 4; d < L; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-  return sum;
 }
 
 }  // namespace

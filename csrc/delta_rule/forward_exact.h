@@ -8,8 +8,7 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int64_t kBlock = 8;               // tokens whose rows lie in the first-level cache too; divides kDeltaKeep
-constexpr int kColumns = W == 16 ? 4 : 2;   // vectors of columns in registers: a group
+constexpr int64_t kBlock = 8;   // tokens whose rows lie in the first-level cache too; divides kDeltaKeep
 
 struct Block {
   int64_t width;         // whole vectors of K
@@ -45,23 +44,12 @@ int64_t columns_of_unit(const DeltaRule& s) {
   return std::min<int64_t>(whole_vectors(s.values), s.sequences * s.heads < 4 ? 32 : 64);
 }
 
-// Calls f.operator()<C>(c) for groups of C vectors from column c.
-template <class F> void for_groups(int64_t columns, const F& f) {
-  int64_t c = 0;
-  for (; c + kColumns * W <= columns; c += kColumns * W) f.template operator()<kColumns>(c);
-  if constexpr (kColumns == 4) {
-    if (c + 2 * W <= columns) f.template operator()<2>(c), c += 2 * W;
-  }
-  if (c < columns) f.template operator()<1>(c);
-}
-
 void load_decays(const DeltaRule& s, const Block& b, const Unit& u, int64_t t, int64_t tokens) {
   for (int64_t i = 0; i < tokens; ++i) {
-    const int64_t at = s.one_decay ? u.row * s.g.stride[0] + (t + i) * s.g.stride[1] + u.head : u.at(s.g, t + i);
     for (int64_t k = 0; k < s.keys; k += W) {
       vf decay;
       vi kept;
-      decay_of(s.one_decay ? splat(load(s.g, at, 1)[0]) : load(s.g, at + k, s.keys - k), decay, kept);
+      decay_of(log_decay(s, u, t + i, k), decay, kept);
       store(b.decay + i * b.width + k, decay);
       std::memcpy(b.kept + i * b.width + k, &kept, sizeof kept);
     }
@@ -138,20 +126,16 @@ void store_state(const DeltaRule& s, const Block& b, const Unit& u, float* to) {
   });
 }
 
-void forward_exactly(const DeltaRule& s, int64_t unit) {
-  const int64_t most = columns_of_unit(s);
-  const Unit u = unit_at(s, most, unit);
-  const Block b(s, most);
+template <bool corrected, bool decayed> void forward_exactly(const DeltaRule& s, const Unit& u) {
+  const Block b(s, columns_of_unit(s));
   load_state(s, b, u, s.state ? s.state + state_at(s, u, u.sequence) : nullptr);
   for (int64_t t = u.begin; t < u.end; t += kBlock) {
     const int64_t tokens = std::min(kBlock, u.end - t);
     if (float* const to = kept_at(s, u, t)) store_state(s, b, u, to);
     load_block(s, b, u, t, tokens, t + tokens < u.end);
-    for_case(s, [&]<bool corrected, bool decayed>() {
-      for_groups(whole_vectors(u.columns), [&]<int C>(int64_t c) {
-        if (corrected && t == u.begin) begin<C>(s, b, c);
-        advance<corrected, decayed, C>(s, b, u, t, tokens, c);
-      });
+    for_groups(whole_vectors(u.columns), [&]<int C>(int64_t c) {
+      if (corrected && t == u.begin) begin<C>(s, b, c);
+      advance<corrected, decayed, C>(s, b, u, t, tokens, c);
     });
   }
   if (s.state_out) store_state(s, b, u, s.state_out + state_at(s, u, u.sequence));

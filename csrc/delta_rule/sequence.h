@@ -8,6 +8,8 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
+constexpr int kColumns = W == 16 ? 4 : 2;   // vectors of columns in registers: a group
+
 struct Unit {
   int64_t sequence, row, begin, end;   // tokens [begin, end) of batch row `row`
   int64_t head, column, columns;
@@ -30,6 +32,12 @@ inline Unit unit_at(const DeltaRule& s, int64_t width, int64_t unit) {
   return u;
 }
 
+// W log decays of token t, from key k.
+inline vf log_decay(const DeltaRule& s, const Unit& u, int64_t t, int64_t k) {
+  if (!s.one_decay) return load(s.g, u.at(s.g, t) + k, s.keys - k);
+  return splat(load(s.g, u.row * s.g.stride[0] + t * s.g.stride[1] + u.head, 1)[0]);
+}
+
 // One head of a packed array of states [n, H, K, V], at the unit's first column.
 inline int64_t state_at(const DeltaRule& s, const Unit& u, int64_t n) {
   return (n * s.heads + u.head) * s.keys * s.values + u.column;
@@ -38,6 +46,16 @@ inline int64_t state_at(const DeltaRule& s, const Unit& u, int64_t n) {
 inline float* kept_at(const DeltaRule& s, const Unit& u, int64_t t) {
   if (!s.kept || (t - u.begin) % kDeltaKeep != 0) return nullptr;
   return s.kept + state_at(s, u, delta_slot(s.time, s.cu_seqlens, u.sequence) + (t - u.begin) / kDeltaKeep);
+}
+
+// Calls f.operator()<C>(c) for groups of C vectors from column c.
+template <class F> inline void for_groups(int64_t columns, const F& f) {
+  int64_t c = 0;
+  for (; c + kColumns * W <= columns; c += kColumns * W) f.template operator()<kColumns>(c);
+  if constexpr (kColumns == 4) {
+    if (c + 2 * W <= columns) f.template operator()<2>(c), c += 2 * W;
+  }
+  if (c < columns) f.template operator()<1>(c);
 }
 
 }  // namespace

@@ -9,11 +9,13 @@ namespace {
 
 constexpr float kSlow = -0.6875f;   // log decays above are slow: a decay of about 1 / 2
 
+inline vf at_most_0(vf g) { return select(g <= 0.f, g, splat(NAN)); }
+
 // What a token leaves of a row of the state. The decay of a slow row is close to 1, and a float would round away what
 // a long memory is made of: it is kept, and applied, as its difference from 1, `kept` being all ones. Otherwise `kept`
 // is 0. NaN where g is not <= 0.
 inline void decay_of(vf g, vf& decay, vi& kept) {
-  g = select(g <= 0.f, g, splat(NAN));
+  g = at_most_0(g);
   kept = g > kSlow;
   decay = select(kept, expm1_unit(g), exp(g));
 }

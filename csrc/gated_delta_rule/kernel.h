@@ -78,10 +78,10 @@ constexpr int64_t kGatedDeltaKeep = 64;   // tokens between two kept states
 
 // Sequence i keeps the states before its tokens 0, 64, 128, ... in slots gated_delta_slot(s, i) and on, fewer than
 // gated_delta_slots(s) in all; of a packed sequence they begin at its first token's number / 64 + i.
-inline int64_t gated_delta_slots(int64_t batch, int64_t time, int64_t sequences, bool packed) {
+constexpr int64_t gated_delta_slots(int64_t batch, int64_t time, int64_t sequences, bool packed) {
   return packed ? time / kGatedDeltaKeep + sequences : batch * ((time + kGatedDeltaKeep - 1) / kGatedDeltaKeep);
 }
-inline int64_t gated_delta_slot(int64_t time, const int64_t* cu_seqlens, int64_t i) {
+constexpr int64_t gated_delta_slot(int64_t time, const int64_t* cu_seqlens, int64_t i) {
   return cu_seqlens ? cu_seqlens[i] / kGatedDeltaKeep + i : i * ((time + kGatedDeltaKeep - 1) / kGatedDeltaKeep);
 }
 

@@ -16,6 +16,7 @@ from .layers.gated_delta_net import GatedDeltaNet
 from .layers.kimi_delta_attention import KimiDeltaAttention
 from .layers.mamba import Mamba
 from .layers.mamba2 import Mamba2
+from .layers.rwkv7 import RWKV7
 from .models.pretrained import from_pretrained
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.delta_rule import delta_rule, delta_rule_step, gla, gla_step, rwkv7, rwkv7_step
@@ -37,6 +38,7 @@ from .ops.ssd import ssd, ssd_step
 
 __version__ = "0.1.0"
 __all__ = [
+    "RWKV7",
     "GatedDeltaNet",
     "KimiDeltaAttention",
     "Mamba",

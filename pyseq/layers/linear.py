@@ -23,6 +23,11 @@ class Packable(torch.nn.Module):
     weight: Any
     packed: PackedLinear | None = None
 
+    @property
+    def kind(self) -> torch.dtype:
+        """The type of the weight, packed or not."""
+        return self.weight.dtype if self.packed is None else self.packed.dtype
+
     def pack(self) -> None:
         if self.packed is None and self.weight.dtype in (torch.float32, torch.bfloat16) and not self.weight.is_cuda:
             self.packed = pack_linear(self.weight)

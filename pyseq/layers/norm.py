@@ -1,10 +1,11 @@
-"""The norm with a gate at the end of a Mamba-2 layer."""
+"""The norm with a gate at the end of a Mamba-2 layer, and the norm of RWKV-7."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from pyseq._library import REGISTRY
 from pyseq.layers.exact import Exact, exact_dtype
@@ -54,3 +55,30 @@ class GatedRMSNorm(Exact):
     def extra_repr(self) -> str:
         text = f"{self.weight.numel()}, group_size={self.group_size}, eps={self.eps}"
         return f"{text}, norm_before_gate=True" if self.norm_before_gate else text
+
+
+class LayerNorm(Exact):
+    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last axis, in the type of the weight.
+
+    That is float32, in a layer of a half type too: what follows in RWKV-7 rounds once, when it has mixed two tokens.
+    """
+
+    exact = ("weight", "bias")
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(size, device=device, dtype=exact_dtype(dtype)))
+        self.bias = torch.nn.Parameter(torch.zeros(size, device=device, dtype=exact_dtype(dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"

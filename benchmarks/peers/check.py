@@ -73,7 +73,27 @@ def ssd_step_loop(x: inputs.SsdStep) -> Tensor:
     return ssd_loop(inputs.Ssd(**token, A=x.A, D=x.D, dt_bias=x.dt_bias, dy=token["x"]), state=x.state)[:, 0]
 
 
-def gradients(loop: Callable[..., Tensor], x: inputs.Scan | inputs.Conv | inputs.Ssd, names: str) -> list[Tensor]:
+def delta_loop(x: inputs.Delta) -> Tensor:
+    S, ys = torch.einsum("bhk,bhv->bhkv", x.k[:, 0], x.v[:, 0]) * 0, []
+    for t in range(x.q.shape[1]):
+        p = torch.einsum("bhkv,bhk->bhv", S, x.a[:, t])
+        S = x.g[:, t].exp().unsqueeze(-1) * S + torch.einsum("bhk,bhv->bhkv", x.b[:, t], p)
+        S = S + torch.einsum("bhk,bhv->bhkv", x.k[:, t], x.v[:, t])
+        ys.append(torch.einsum("bhkv,bhk->bhv", S, x.q[:, t]))
+    return torch.stack(ys, 1)
+
+
+def gated_delta_loop(x: inputs.GatedDelta) -> Tensor:
+    S, ys = torch.einsum("bhk,bhv->bhkv", x.k[:, 0], x.v[:, 0]) * 0, []
+    for t in range(x.q.shape[1]):
+        S = x.g[:, t, :, None, None].exp() * S
+        u = x.beta[:, t, :, None] * (x.v[:, t] - torch.einsum("bhkv,bhk->bhv", S, x.k[:, t]))
+        S = S + torch.einsum("bhk,bhv->bhkv", x.k[:, t], u)
+        ys.append(torch.einsum("bhkv,bhk->bhv", S, x.q[:, t]) * x.q.shape[-1] ** -0.5)
+    return torch.stack(ys, 1)
+
+
+def gradients(loop: Callable[..., Tensor], x: object, names: str) -> list[Tensor]:
     leaves = [getattr(x, name).requires_grad_() for name in names.split()]
     return list(torch.autograd.grad(loop(x), leaves, x.dy))
 
@@ -110,6 +130,10 @@ def main() -> int:
     dual, pairs = ssd_loop(ssd64), ssd_loop(grouped64)
     dscan = gradients(scan_loop, scan64, "u dt A B C D z dt_bias")
     dconv = gradients(conv_loop, conv64, "x weight bias")
+    delta, gated = inputs.delta(1, 128, 4, 64), inputs.gated_delta(1, 128, 4, 64)
+    delta64, gated64 = map(inputs.double, (delta, gated))
+    rule, gate = delta_loop(delta64), gated_delta_loop(gated64)
+    dgate = gradients(gated_delta_loop, gated64, "q k v g beta")
     ddual, dpairs = (gradients(ssd_loop, x, "x dt A B C D dt_bias") for x in (ssd64, grouped64))
 
     def op(run: Callable[[], Callable[[], object]], *want: Tensor) -> Callable[[], float]:
@@ -153,6 +177,26 @@ def main() -> int:
         "torch ssd compiled gradients": (op(lambda: torch_ssd.ssd_forward_backward(ssd, True), *ddual), OP_BOUND),
         "llama.cpp ssd forward": (
             op(lambda: llama_cpp_peer.ssd_forward(grouped), ssd_loop(grouped64, bare=True)),
+            OP_BOUND,
+        ),
+        "fla naive delta rule, recurrence": (
+            op(lambda: fla_peer.delta_rule(delta, False, "recurrence"), rule),
+            OP_BOUND,
+        ),
+        "fla naive delta rule, chunks": (op(lambda: fla_peer.delta_rule(delta, False, "chunks"), rule), OP_BOUND),
+        "llama.cpp delta rule forward": (op(lambda: llama_cpp_peer.delta_rule_forward(delta), rule), OP_BOUND),
+        "fla naive gated delta rule": (op(lambda: fla_peer.gated_delta_rule(gated, False, True), gate), OP_BOUND),
+        "fla naive gated delta rule gradients": (
+            op(lambda: fla_peer.gated_delta_rule(gated, True, True), *dgate),
+            OP_BOUND,
+        ),
+        "transformers gated delta rule": (op(lambda: hf.gated_delta_rule(gated, False, False), gate), OP_BOUND),
+        "transformers gated delta rule gradients": (
+            op(lambda: hf.gated_delta_rule(gated, True, False), *dgate),
+            OP_BOUND,
+        ),
+        "llama.cpp gated delta rule forward": (
+            op(lambda: llama_cpp_peer.gated_delta_rule_forward(gated), gate),
             OP_BOUND,
         ),
         "llama.cpp mamba against transformers": (lambda: model_error("mamba-130m"), LOGITS_BOUND),

@@ -1,5 +1,6 @@
 """Inputs of the ops in pyseq's layout, and the shapes at which peers are compared."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 SHAPES = {"A": (1, 2048, 1536, 16), "B": (4, 1024, 512, 16)}  # batch, time, channels, state
 MAMBA2_130M = (1, 2048, 24, 64, 128, 1)  # batch, time, heads, width of a head, state, groups
+RWKV7_190M = (1, 1024, 12, 64)  # batch, time, heads, width of a head
+GATED_DELTA_NET = (1, 1024, 16, 128)  # the same
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,34 @@ class EmaStep:
     p: Tensor  # [B]
 
 
-T = TypeVar("T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep, Ssd, SsdStep, Ema, EmaStep, Mamba2Step)
+@dataclass(frozen=True)
+class Delta:
+    """S = diag(exp(g)) S + b (S^T a)^T + k v^T, y = S^T q per head, with RWKV-7's gates and corrections."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    a: Tensor  # [B, T, H, K]
+    b: Tensor  # [B, T, H, K]
+    g: Tensor  # [B, T, H, K]
+    dy: Tensor  # [B, T, H, V]
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """R = exp(g) S, S = R + k (beta (v - R^T k))^T, y = K^-0.5 S^T q per head."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    g: Tensor  # [B, T, H]
+    beta: Tensor  # [B, T, H]
+    dy: Tensor  # [B, T, H, V]
+
+
+T = TypeVar(
+    "T", Scan, Conv, Norm, ScanStep, ConvStep, MambaStep, Ssd, SsdStep, Ema, EmaStep, Mamba2Step, Delta, GatedDelta
+)
 
 
 def scan(
@@ -244,6 +274,38 @@ def mamba_step(
         x_proj_weight=weight(rank + 2 * state, channels), dt_proj_weight=weight(channels, rank), dt_bias=scan.dt_bias,
         A=scan.A, D=scan.D,
     )
+
+
+def delta(
+    batch: int, time: int, heads: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0,
+    device: str = "cpu",
+) -> Delta:
+    """K = V = width. a and b along a unit vector, by shares between 0 and 1; decays from 0.545 to 1; g is float32."""
+    gen = torch.Generator(device).manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(batch, time, heads, width, generator=gen, device=device)
+
+    unit = torch.nn.functional.normalize(normal(), dim=-1)
+    q, k, v, dy = (t.to(dtype) for t in (normal(), normal() * width**-0.5, normal(), normal()))
+    b = (unit * torch.sigmoid(normal())).to(dtype)
+    return Delta(q=q, k=k, v=v, a=-unit.to(dtype), b=b, g=-math.exp(-0.5) * torch.sigmoid(normal()), dy=dy)
+
+
+def gated_delta(
+    batch: int, time: int, heads: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0,
+    device: str = "cpu",
+) -> GatedDelta:
+    """K = V = width. q and k of unit length, beta between 0 and 1; g and beta are float32."""
+    gen = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(batch, time, heads, *size, generator=gen, device=device)
+
+    q, k = (torch.nn.functional.normalize(normal(width), dim=-1).to(dtype) for _ in range(2))
+    g = -torch.nn.functional.softplus(normal() - 2)
+    beta = torch.sigmoid(normal())
+    return GatedDelta(q=q, k=k, v=normal(width).to(dtype), g=g, beta=beta, dy=normal(width).to(dtype))
 
 
 def ssd(

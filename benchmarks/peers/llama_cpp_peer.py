@@ -3,10 +3,11 @@
 Timed, whole model: `llama_decode` of the C API through ctypes, with default model and context options, for a prompt
 (logits of the last token) or for one token of each sequence, until its logits are ready. No tokenizer, no sampling.
 Timed, bare ops: a ggml graph of one node, `ssm_scan` (softplus of dt inside; no bias, D skip or gate) of Mamba or of
-Mamba-2, or `ssm_conv` (no bias, no SiLU), into memory that is allocated once. ggml has no backward for either.
+Mamba-2, `ssm_conv` (no bias, no SiLU), `rwkv_wkv7` or `gated_delta_net`, into memory that is allocated once. ggml has
+no backward for any.
 
     Model(path).logits(tokens), .prefill(tokens), .decode(batch)
-    ssm_scan_forward(x), ssd_forward(x), ssm_conv_forward(x)
+    ssm_scan_forward(x), ssd_forward(x), ssm_conv_forward(x), delta_rule_forward(x), gated_delta_rule_forward(x)
 """
 
 import ctypes
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import require
-from .inputs import Conv, Scan, Ssd
+from .inputs import Conv, Delta, GatedDelta, Scan, Ssd
 
 
 class Model:
@@ -146,6 +147,26 @@ def ssd_forward(x: Ssd, threads: int = 2) -> Callable[[], Tensor]:
     return g.computing(node, x.x.shape)
 
 
+def delta_rule_forward(x: Delta, threads: int = 2) -> Callable[[], Tensor]:
+    """y of rwkv_wkv7 for one sequence; it takes the decay, whose exponential is outside the timed part."""
+    _, time, heads, width = x.q.shape
+    g = _Graph(8 * x.q.numel() + 2 * heads * width * width, threads)
+    r, w, k, v, a, b = (g.tensor(t[0]) for t in (x.q, x.g.exp(), x.k, x.v, x.a, x.b))
+    S = g.tensor(torch.zeros(1, heads * width * width))
+    return g.computing(g.base.ggml_rwkv_wkv7(g.context, r, w, k, v, a, b, S), x.v.shape)
+
+
+def gated_delta_rule_forward(x: GatedDelta, threads: int = 2) -> Callable[[], Tensor]:
+    """y of gated_delta_net, K = V."""
+    batch, time, heads, width = x.v.shape
+    states = batch * heads * width * width
+    g = _Graph(4 * x.v.numel() + 2 * x.g.numel() + 2 * states, threads)
+    q, k, v = (g.tensor(t) for t in (x.q, x.k, x.v))
+    gate, beta = (g.tensor(t.unsqueeze(-1)) for t in (x.g, x.beta))
+    S = g.tensor(torch.zeros(batch, heads, width, width))
+    return g.computing(g.base.ggml_gated_delta_net(g.context, q, k, v, gate, beta, S), x.v.shape)
+
+
 def ssm_conv_forward(x: Conv, threads: int = 2) -> Callable[[], Tensor]:
     """y without bias and SiLU; the input is [B, D, W - 1 + T] with zeros in front, copied so before the timed part."""
     width = x.weight.shape[1]
@@ -180,10 +201,14 @@ class _Graph:
         folder = Path(require("llama_cpp", "llama-cpp-python").__path__[0]) / "lib"
         self.base: Any = ctypes.CDLL(str(folder / "libggml-base.so"))
         self.cpu: Any = ctypes.CDLL(str(folder / "libggml-cpu.so"))
-        for name in ("init", "new_tensor", "ssm_scan", "ssm_conv", "new_graph", "get_data"):
+        for name in (
+            "init", "new_tensor", "ssm_scan", "ssm_conv", "rwkv_wkv7", "gated_delta_net", "new_graph", "get_data"
+        ):
             getattr(self.base, f"ggml_{name}").restype = ctypes.c_void_p
         self.base.ggml_ssm_scan.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64]
         self.base.ggml_ssm_conv.argtypes = [ctypes.c_void_p] * 3
+        self.base.ggml_rwkv_wkv7.argtypes = [ctypes.c_void_p] * 8
+        self.base.ggml_gated_delta_net.argtypes = [ctypes.c_void_p] * 7
         self.cpu.ggml_graph_plan.restype = _Plan
         self.cpu.ggml_cpu_init()
         self.context = ctypes.c_void_p(self.base.ggml_init(_InitParams(4 * floats + (1 << 20), None, False)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import require
-from .inputs import Scan, Ssd, SsdStep
+from .inputs import GatedDelta, Scan, Ssd, SsdStep
 
 # At transformers' default initializer_range of 0.1 a random model of 24 layers is ill-conditioned: its float32 logits
 # are 3e-4 away from its float64 ones, which would hide a wrong peer. At 0.02 they are 1.4e-6 away.
@@ -82,6 +82,22 @@ def ssd_forward_backward(x: Ssd, chunk: int = 256) -> Callable[[], tuple[Tensor,
     def call() -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(op(*leaves), leaves, x.dy.to(torch.float32))
         return tuple(g.view(shape) for g, shape in zip(grads, shapes, strict=True))
+
+    return call
+
+
+def gated_delta_rule(x: GatedDelta, grad: bool, compiled: bool) -> Callable[[], Any]:
+    """Qwen3-Next's torch_chunk_gated_delta_rule, chunk 64: y, or the gradients of q, k, v, g, beta."""
+    modeling = require("transformers.models.qwen3_next.modeling_qwen3_next", "transformers")
+    op = inspect.unwrap(modeling.torch_chunk_gated_delta_rule)
+    if compiled:
+        op = torch.compile(op, dynamic=False)
+    tensors = [t.clone().requires_grad_(grad) for t in (x.q, x.k, x.v, x.g, x.beta)]
+
+    def call() -> Any:
+        with torch.set_grad_enabled(grad):
+            y = op(*tensors)[0]
+            return torch.autograd.grad(y, tensors, x.dy) if grad else y
 
     return call
 

@@ -1,4 +1,4 @@
-"""The calls that `pyseq bench` times: the sizes of one layer of a 130 M Mamba or Mamba-2 over 2048 tokens."""
+"""The calls that `pyseq bench` times: the sizes of one layer of a 130 M model over 2048 tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .bench import tensor_bytes
 
 T, D, N, W, D_MODEL = 2048, 1536, 16, 4, 768
 H, P, N2 = 24, 64, 128  # of Mamba-2
+R, GD = 12, 16  # heads of RWKV-7, of 64, and of a gated delta net, of 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,34 @@ def ssd(dtype: torch.dtype, device: str) -> list[Work]:
     ]
 
 
+def delta_rule(dtype: torch.dtype, device: str) -> list[Work]:
+    """RWKV-7: corrections along a unit vector, by half."""
+
+    def data(*time: int) -> dict[str, Any]:
+        q, k, v, unit = (_normal(1, *time, R, P, device=device, dtype=dtype) for _ in range(4))
+        unit = torch.nn.functional.normalize(unit, dim=-1)
+        g = -_normal(1, *time, R, P, device=device).sigmoid()
+        return {"q": q, "k": k, "v": v, "a": -unit, "b": unit / 2, "g": g}
+
+    return [
+        *_training(pyseq.delta_rule, data(T)),
+        _step(pyseq.delta_rule_step, _normal(1, R, P, P, device=device), data()),
+    ]
+
+
+def gated_delta_rule(dtype: torch.dtype, device: str) -> list[Work]:
+    def data(*time: int) -> dict[str, Any]:
+        q, k, v = (_normal(1, *time, GD, N2, device=device, dtype=dtype) for _ in range(3))
+        q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
+        g, beta = (_normal(1, *time, GD, device=device).sigmoid() for _ in range(2))
+        return {"q": q, "k": k, "v": v, "g": -g, "beta": beta}
+
+    return [
+        *_training(pyseq.gated_delta_rule, data(T)),
+        _step(pyseq.gated_delta_rule_step, _normal(1, GD, N2, N2, device=device), data()),
+    ]
+
+
 def ema(dtype: torch.dtype, device: str) -> list[Work]:
     def data(*time: int) -> dict[str, Any]:
         p = torch.sigmoid(_normal(1, *time, device=device)).clamp(1e-4, 1 - 1e-4)
@@ -175,6 +204,8 @@ WORKLOADS: dict[str, Callable[[torch.dtype, str], list[Work]]] = {
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
     "ssd": ssd,
+    "delta_rule": delta_rule,
+    "gated_delta_rule": gated_delta_rule,
     "ema": ema,
     "rms_norm_gated": rms_norm_gated,
     "linear": linear,

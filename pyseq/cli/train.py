@@ -13,7 +13,8 @@ from .output import clear_failures, messages, print_json, results, seconds, use_
 if TYPE_CHECKING:
     from pyseq.train import Result
 
-TEXT, MODEL, BUDGET, OPTIMIZER, RUN = "Text", "Model", "Length of the run", "Optimizer", "Run"
+TEXT, TASK, MODEL, BUDGET = "Text", "Task instead of text", "Model", "Length of the run"
+OPTIMIZER, RUN = "Optimizer", "Run"
 NOT_SETTINGS = {"resume", "out", "json", "threads", "preset"}
 
 
@@ -33,12 +34,35 @@ def train(
             help="Bytes of text never trained on.", show_default="a twentieth, at most 256 KiB", rich_help_panel=TEXT
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="parity, even-pairs, mod-arithmetic, s5, a5, z60, s5-swaps, ...", rich_help_panel=TASK),
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads.", show_default="2", rich_help_panel=TASK)] = None,
+    negative: Annotated[
+        bool | None,
+        typer.Option(
+            "--negative/--no-negative",
+            help="Eigenvalues down to -1, where the layer can have them.",
+            show_default="negative",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Lengths to measure at.", show_default="40,64,128,256", rich_help_panel=TASK),
+    ] = None,
     preset: Annotated[
         str,
         typer.Option(help="demo, small, medium: two minutes, half an hour, a night on 2 cores.", rich_help_panel=MODEL),
     ] = "demo",
     layer: Annotated[
-        str | None, typer.Option(help="mamba or mamba2.", show_default="mamba", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(
+            help="mamba or mamba2; for a task also gated_delta_net, kimi_delta_attention.",
+            show_default="mamba, for a task gated_delta_net",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     d_model: Annotated[int | None, typer.Option(help="Width.", rich_help_panel=MODEL)] = None,
     layers: Annotated[int | None, typer.Option(help="Depth.", rich_help_panel=MODEL)] = None,
@@ -68,7 +92,9 @@ def train(
         int | None, typer.Option(help="Number of steps, instead of a time.", rich_help_panel=BUDGET)
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Rows per batch.", rich_help_panel=BUDGET)] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per row.", rich_help_panel=BUDGET)] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per row; the longest word of a task.", rich_help_panel=BUDGET)
+    ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches per step.", rich_help_panel=BUDGET)] = None,
     carry_state: Annotated[
         bool | None,
@@ -124,7 +150,7 @@ def train(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RUN)] = False,
 ) -> None:
-    """Train a Mamba or Mamba-2 language model on text.
+    """Train a Mamba or Mamba-2 language model on text, or with --task a model that tracks a state.
 
     PATHs are text files and folders of them; without any it reads the sources of Python's standard library. Whole files
     are held out, so the held-out figure is of text the model has never seen.
@@ -136,6 +162,7 @@ def train(
     - `pyseq train ~/books --preset small --out runs/books`
     - `pyseq train ~/books --preset small --layer mamba2 --out runs/books2`
     - `pyseq train --resume runs/books`
+    - `pyseq train --task parity --steps 1000 --no-negative`
     """
     given = {
         name: value
@@ -146,6 +173,12 @@ def train(
         extra = ", ".join(sorted(given) or ["out"])
         raise typer.BadParameter(f"goes on with the settings of the run: leave out {extra}", param_hint="--resume")
     use_threads(threads)
+    if task is not None or {"heads", "negative", "lengths"} & set(given):
+        from .train_task import train_task
+
+        if preset != "demo":
+            raise typer.BadParameter("does not go with --task", param_hint="--preset")
+        return train_task(task, given, out, json)
     from pyseq._cuda import usable_device
     from pyseq.models.config import LAYERS
     from pyseq.train import PRESETS, Settings

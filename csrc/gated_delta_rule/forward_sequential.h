@@ -14,11 +14,11 @@ struct Block {
   float beta[kBlock];
 
   static int64_t size(const GatedDeltaRule& s) {
-    return panels(s.values) * s.keys * kPanel + kBlock * 5 * whole_vectors(s.keys);
+    return state_size(s.keys, s.values) + kBlock * 5 * whole_vectors(s.keys);
   }
   explicit Block(const GatedDeltaRule& s) : width(whole_vectors(s.keys)) {
     S = s.scratch;
-    rows = S + panels(s.values) * s.keys * kPanel;
+    rows = S + state_size(s.keys, s.values);
   }
   Token token(int64_t t) const {
     float* const row = rows + t * 5 * width;
@@ -30,7 +30,7 @@ struct Block {
 template <Gate gate>
 void scan(const GatedDeltaRule& s, const Sequence& q, const Block& b, int64_t head, int64_t begin, int64_t tokens,
           int64_t panel) {
-  float* const S = b.S + panel * s.keys * kPanel;
+  float* const S = b.S + panel * padded_keys(s.keys) * kPanel;
   const int64_t column = panel * kPanel;
   vf u[kPanelVectors], y[kPanelVectors], d[kPanelVectors];
   read(d, S, kPanel, b.token(0).decayed_k, s.keys, kPanel);

@@ -8,12 +8,14 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// The state of a head in scratch is cut into panels of kPanel columns, each [K, kPanel] by itself, so that one stays in
-// the first-level cache: 16 KB for 128 keys. Columns behind V are zero.
+// The state of a head in scratch is cut into panels of kPanel columns, each [padded_keys, kPanel] by itself, so that one
+// stays in the first-level cache: 16 KB for 128 keys. Rows behind K and columns behind V are zero.
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * W;
 
 inline int64_t panels(int64_t values) { return (values + kPanel - 1) / kPanel; }
+inline int64_t padded_keys(int64_t keys) { return (keys + 15) / 16 * 16; }
+inline int64_t state_size(int64_t keys, int64_t values) { return panels(values) * padded_keys(keys) * kPanel; }
 
 // Pieces of the scratch of a thread, 64-byte aligned.
 struct Scratch {
@@ -46,19 +48,20 @@ inline int64_t number_at(const View& x, const Sequence& q, int64_t t, int64_t he
 // A state [K, V] to panels and back; null: zeros.
 inline void load_state(float* to, const float* from, int64_t keys, int64_t values) {
   for (int64_t p = 0; p < values; p += kPanel) {
-    for (int64_t i = 0; i < keys; ++i, to += kPanel) {
+    for (int64_t i = 0; i < padded_keys(keys); ++i, to += kPanel) {
       for (int n = 0; n < kPanelVectors; ++n) {
         const int64_t column = p + n * W;
-        store(to + n * W, from && column < values ? load(from + i * values + column, values - column) : vf{});
+        const bool there = from && i < keys && column < values;
+        store(to + n * W, there ? load(from + i * values + column, values - column) : vf{});
       }
     }
   }
 }
 inline void store_state(float* to, const float* from, int64_t keys, int64_t values) {
-  for (int64_t p = 0; p < values; p += kPanel) {
-    for (int64_t i = 0; i < keys; ++i, from += kPanel) {
+  for (int64_t p = 0; p < values; p += kPanel, from += padded_keys(keys) * kPanel) {
+    for (int64_t i = 0; i < keys; ++i) {
       for (int64_t column = p; column < p + kPanel && column < values; column += W) {
-        store(to + i * values + column, load(from + column - p), values - column);
+        store(to + i * values + column, load(from + i * kPanel + column - p), values - column);
       }
     }
   }

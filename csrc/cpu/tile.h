@@ -30,7 +30,7 @@ template <class P = Singles, int R, int C>
   vf v[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) v[c] = load(w + c * W);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = from; r < to; ++r) {
     const vf x = splat(a[r * row]);
 #pragma GCC unroll 4
@@ -50,20 +50,20 @@ template <class P = Singles, int R, int C>
 template <int R, int C>
 [[gnu::always_inline]] inline void multiply_lower(vf (&sum)[R][C], const float* a, int64_t row, int64_t step,
                                                   const float* w, int64_t width) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int k = 0; k < R; ++k) multiply_one(sum, k, R, a + k * step, row, w + k * width);
 }
 template <int R, int C>
 [[gnu::always_inline]] inline void multiply_upper(vf (&sum)[R][C], const float* a, int64_t row, int64_t step,
                                                   const float* w, int64_t width) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int k = 0; k < R; ++k) multiply_one(sum, 0, k + 1, a + k * step, row, w + k * width);
 }
 
 // What the sums of a tile start from, and where they go. Rows are `width` apart.
 template <int R, int C>
 [[gnu::always_inline]] inline void load_tile(vf (&sum)[R][C], const float* from, int64_t width) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sum[r][c] = load(from + r * width + c * W);
@@ -71,7 +71,7 @@ template <int R, int C>
 }
 template <int R, int C>
 [[gnu::always_inline]] inline void store_tile(float* to, int64_t width, const vf (&sum)[R][C]) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(to + r * width + c * W, sum[r][c]);
@@ -79,7 +79,7 @@ template <int R, int C>
 }
 template <int R, int C>
 [[gnu::always_inline]] inline void scale_rows(vf (&sum)[R][C], const float* by) {   // sum[r] *= by[r]
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const vf v = splat(by[r]);
 #pragma GCC unroll 4

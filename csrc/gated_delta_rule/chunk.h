@@ -8,6 +8,11 @@ namespace {
 
 constexpr int kTokens = 16;   // divides kGatedDeltaKeep
 
+constexpr int kRows = W == 16 ? 8 : 4;   // of a tile kPanelVectors wide; divides kTokens and padded_keys
+static_assert(kPanelVectors == 2);
+
+using Tile = vf[kRows][kPanelVectors];
+
 struct Chunk {
   int64_t width;            // of a row: padded_keys
   float *k, *q;             // [kTokens, width]
@@ -115,6 +120,14 @@ template <Gate gate> inline void load_chunk(const GatedDeltaRule& s, const Seque
         store(c.k_after + at, k * (gate == Gate::one ? splat(c.after[t]) : load(c.after + at)));
       }
     }
+  }
+}
+
+// Brings rows of a tensor towards the core: they lie too far apart for the machine to see them coming.
+template <int write> inline void prefetch(const View& x, const Sequence& q, int64_t begin, int64_t head, int64_t columns) {
+  for (int64_t t = begin; t < std::min(begin + kTokens, q.end); ++t) {
+    const char* const row = static_cast<const char*>(x.at(row_at(x, q, t, head)));
+    for (int64_t i = 0; i < columns * size_of(x.type); i += 64) __builtin_prefetch(row + i, write, 2);
   }
 }
 

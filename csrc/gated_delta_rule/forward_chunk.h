@@ -5,19 +5,16 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int kRows = W == 16 ? 8 : 4;   // of a tile kPanelVectors wide; divides kTokens and padded_keys
-static_assert(kPanelVectors == 2);
-
-using Tile = vf[kRows][kPanelVectors];
-
-// U of a panel, [kTokens, kPanel], by forward substitution: U = beta (V - K exp(gi) S - N / beta U).
+// U of a panel, [kTokens, kPanel], by forward substitution: U = beta E, E = V - K exp(gi) S - N / beta U. E may be null.
 inline void correct(const GatedDeltaRule& s, const Sequence& seq, const Chunk& c, int64_t head, int64_t column,
-                    const float* S, float* U) {
+                    const float* S, float* U, float* E) {
   for (int64_t i = 0; i < kTokens; i += kRows) {
     Tile sum = {};
     multiply(sum, c.k_before + i * c.width, c.width, 1, S, kPanel, s.keys);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const int64_t v_at = row_at(s.v, seq, c.begin + i + r, head);
+#pragma GCC unroll 2
       for (int n = 0; n < kPanelVectors; ++n) {
         const int64_t at = column + n * W;
         const vf v = i + r < c.tokens && at < s.values ? load(s.v, v_at + at, s.values - at) : vf{};
@@ -30,6 +27,7 @@ inline void correct(const GatedDeltaRule& s, const Sequence& seq, const Chunk& c
 #pragma GCC unroll 2
       for (int n = 0; n < kPanelVectors; ++n) {
         const vf u = sum[r][n] * c.beta[i + r];
+        if (E) store(E + (i + r) * kPanel + n * W, sum[r][n]);
         store(U + (i + r) * kPanel + n * W, u);
 #pragma GCC unroll 8
         for (int later = r + 1; later < kRows; ++later) {
@@ -48,10 +46,13 @@ inline void read_out(const GatedDeltaRule& s, const Sequence& seq, const Chunk& 
     multiply(sum, c.q_before + i * c.width, c.width, 1, S, kPanel, s.keys);
     multiply(sum, c.qk + i * kTokens, kTokens, 1, U, kPanel, i);
     multiply_lower(sum, c.qk + i * kTokens + i, kTokens, 1, U + i * kPanel, kPanel);
-    for (int r = 0; r < kRows && i + r < c.tokens; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
       const int64_t y_at = row_at(s.y, seq, c.begin + i + r, head);
-      for (int64_t n = 0, at = column; n < kPanelVectors && at < s.values; ++n, at += W) {
-        store(s.y, y_at + at, sum[r][n], s.values - at);
+#pragma GCC unroll 2
+      for (int n = 0; n < kPanelVectors; ++n) {
+        const int64_t at = column + n * W;
+        if (i + r < c.tokens && at < s.values) store(s.y, y_at + at, sum[r][n], s.values - at);
       }
     }
   }
@@ -73,14 +74,6 @@ template <Gate gate> inline void carry(const Chunk& c, const float* S, const flo
     }
     multiply(sum, c.k_after + i, 1, c.width, U, kPanel, kTokens);
     store_tile(to + i * kPanel, kPanel, sum);
-  }
-}
-
-// Brings rows of a tensor towards the core: they lie too far apart for the machine to see them coming.
-template <int write> inline void prefetch(const View& x, const Sequence& q, int64_t begin, int64_t head, int64_t columns) {
-  for (int64_t t = begin; t < std::min(begin + kTokens, q.end); ++t) {
-    const char* const row = static_cast<const char*>(x.at(row_at(x, q, t, head)));
-    for (int64_t i = 0; i < columns * size_of(x.type); i += 64) __builtin_prefetch(row + i, write, 2);
   }
 }
 
@@ -113,7 +106,7 @@ template <Gate gate> void forward_in_chunks(const GatedDeltaRule& s, int64_t uni
     multiply_tokens<gate>(s, c, work);
     for (int64_t p = 0; p < panels(s.values); ++p) {
       float* const panel = S + p * c.width * kPanel;
-      correct(s, q, c, head, p * kPanel, panel, work);
+      correct(s, q, c, head, p * kPanel, panel, work, nullptr);
       read_out(s, q, c, head, p * kPanel, panel, work);
       carry<gate>(c, panel, work, panel);
     }

@@ -149,7 +149,7 @@ def ssd_forward(x: Ssd, threads: int = 2) -> Callable[[], Tensor]:
 
 def delta_rule_forward(x: Delta, threads: int = 2) -> Callable[[], Tensor]:
     """y of rwkv_wkv7 for one sequence; it takes the decay, whose exponential is outside the timed part."""
-    _, time, heads, width = x.q.shape
+    heads, width = x.q.shape[2:]
     g = _Graph(8 * x.q.numel() + 2 * heads * width * width, threads)
     r, w, k, v, a, b = (g.tensor(t[0]) for t in (x.q, x.g.exp(), x.k, x.v, x.a, x.b))
     S = g.tensor(torch.zeros(1, heads * width * width))
@@ -158,7 +158,7 @@ def delta_rule_forward(x: Delta, threads: int = 2) -> Callable[[], Tensor]:
 
 def gated_delta_rule_forward(x: GatedDelta, threads: int = 2) -> Callable[[], Tensor]:
     """y of gated_delta_net, K = V."""
-    batch, time, heads, width = x.v.shape
+    batch, _, heads, width = x.v.shape
     states = batch * heads * width * width
     g = _Graph(4 * x.v.numel() + 2 * x.g.numel() + 2 * states, threads)
     q, k, v = (g.tensor(t) for t in (x.q, x.k, x.v))

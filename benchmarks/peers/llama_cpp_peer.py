@@ -164,7 +164,8 @@ def gated_delta_rule_forward(x: GatedDelta, threads: int = 2) -> Callable[[], Te
     q, k, v = (g.tensor(t) for t in (x.q, x.k, x.v))
     gate, beta = (g.tensor(t.unsqueeze(-1)) for t in (x.g, x.beta))
     S = g.tensor(torch.zeros(batch, heads, width, width))
-    return g.computing(g.base.ggml_gated_delta_net(g.context, q, k, v, gate, beta, S), x.v.shape)
+    node = g.base.ggml_gated_delta_net(g.context, q, k, v, gate, beta, S, 1)   # keeps the last state
+    return g.computing(node, x.v.shape)
 
 
 def ssm_conv_forward(x: Conv, threads: int = 2) -> Callable[[], Tensor]:
@@ -208,7 +209,7 @@ class _Graph:
         self.base.ggml_ssm_scan.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64]
         self.base.ggml_ssm_conv.argtypes = [ctypes.c_void_p] * 3
         self.base.ggml_rwkv_wkv7.argtypes = [ctypes.c_void_p] * 8
-        self.base.ggml_gated_delta_net.argtypes = [ctypes.c_void_p] * 7
+        self.base.ggml_gated_delta_net.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64]
         self.cpu.ggml_graph_plan.restype = _Plan
         self.cpu.ggml_cpu_init()
         self.context = ctypes.c_void_p(self.base.ggml_init(_InitParams(4 * floats + (1 << 20), None, False)))

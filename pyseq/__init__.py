@@ -12,6 +12,7 @@ except ImportError as error:
 
 from . import models, reference
 from ._explain import explain
+from .layers.cross_wkv import CrossWKV
 from .layers.gated_delta_net import GatedDeltaNet
 from .layers.kimi_delta_attention import KimiDeltaAttention
 from .layers.mamba import Mamba
@@ -39,6 +40,7 @@ from .ops.ssd import ssd, ssd_step
 __version__ = "0.1.0"
 __all__ = [
     "RWKV7",
+    "CrossWKV",
     "GatedDeltaNet",
     "KimiDeltaAttention",
     "Mamba",

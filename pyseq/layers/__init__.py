@@ -1,5 +1,6 @@
 """Layers: parameters and projections around one op each."""
 
+from pyseq.layers.cross_wkv import CrossWKV, CrossWKVState
 from pyseq.layers.delta_heads import DeltaState
 from pyseq.layers.gated_delta_net import GatedDeltaNet
 from pyseq.layers.kimi_delta_attention import KimiDeltaAttention
@@ -11,6 +12,8 @@ from pyseq.layers.rwkv7_time import RWKV7TimeMix
 
 __all__ = [
     "RWKV7",
+    "CrossWKV",
+    "CrossWKVState",
     "DeltaState",
     "GatedDeltaNet",
     "KimiDeltaAttention",

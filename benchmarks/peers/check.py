@@ -23,6 +23,7 @@ from . import (
     inputs,
     llama_cpp_peer,
     mambapy_peer,
+    rwkv7_weights,
     torch_conv,
     torch_ssd,
 )
@@ -121,6 +122,22 @@ def model_error(name: str) -> float:
     return max(whole, prompt, step, ours)
 
 
+def rwkv7_error() -> float:
+    """llama.cpp's logits against the equations: whole prompt, last token, one step more."""
+    w = rwkv7_weights.weights(3, 128, 512)
+    tokens = torch.randint(512, (100,), generator=torch.Generator().manual_seed(1))
+    want, steps = rwkv7_weights.logits(w, tokens), torch.arange(16).view(2, 8)
+    after = rwkv7_weights.logits(w, torch.cat([steps[1], steps[1, -1:]]))[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        gguf_file.write_rwkv7(path, w)
+        with llama_cpp_peer.Model(path) as llama:
+            whole = error(llama.logits(tokens), want)
+            prompt = error(llama.prefill(tokens)(), want[-1])
+            step = error(llama.decode(2)(), after)
+    return max(whole, prompt, step)
+
+
 def main() -> int:
     torch.set_num_threads(2)
     scan, conv = inputs.scan(2, 128, 64, 16), inputs.conv(2, 128, 64)
@@ -201,6 +218,7 @@ def main() -> int:
         ),
         "llama.cpp mamba against transformers": (lambda: model_error("mamba-130m"), LOGITS_BOUND),
         "llama.cpp mamba2 against transformers": (lambda: model_error("mamba2-130m"), LOGITS_BOUND),
+        "llama.cpp rwkv7 against its equations": (rwkv7_error, LOGITS_BOUND),
     }
     failed = 0
     for name, (check, bound) in checks.items():

@@ -1,5 +1,6 @@
-"""Weights of Mamba and Mamba-2 as files for llama.cpp, written with gguf 0.19.0 (MIT)."""
+"""Weights of Mamba, Mamba-2 and RWKV-7 as files for llama.cpp, written with gguf 0.19.0 (MIT)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ def write(
     own converter leaves them. `groups` are those of B and C, Mamba-2 only.
     """
     gguf = require("gguf", "gguf")
-    if kind not in ("f32", "f16", "bf16"):
-        raise ValueError(f"kind must be f32, f16 or bf16, not {kind!r}")
     w = {name.removeprefix("backbone.").replace("embeddings.", "embedding."): t for name, t in state_dict.items()}
     layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))
     first = {name.removeprefix("layers.0.mixer."): t for name, t in w.items() if name.startswith("layers.0.mixer.")}
@@ -35,16 +34,7 @@ def write(
     out.add_tokenizer_model("no_vocab")
     out.add_vocab_size(w["embedding.weight"].shape[0])
 
-    def vector(name: str, t: Tensor) -> None:
-        out.add_tensor(name, t.detach().float().contiguous().numpy())
-
-    def matrix(name: str, t: Tensor) -> None:
-        if kind == "bf16":
-            bits = t.detach().bfloat16().contiguous().view(torch.int16).numpy().view("uint8")
-            out.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            out.add_tensor(name, t.detach().to(torch.float16 if kind == "f16" else torch.float32).contiguous().numpy())
-
+    vector, matrix = _adders(gguf, out, kind)
     matrix("token_embd.weight", w["embedding.weight"])
     vector("output_norm.weight", w["norm_f.weight"])
     for i in range(layers):
@@ -66,6 +56,83 @@ def write(
             vector(f"{b}.ssm_a", A)
             vector(f"{b}.ssm_d", w[f"{m}.D"])
         matrix(f"{b}.ssm_out.weight", w[f"{m}.out_proj.weight"])
+    _finish(out)
+
+
+def write_rwkv7(path: Path, w: dict[str, Tensor], kind: str = "f32") -> None:
+    """The original authors' names -> GGUF of architecture "rwkv7", without a vocabulary.
+
+    `kind` applies to the matrices, those of low rank among them, which are stored transposed.
+    """
+    gguf = require("gguf", "gguf")
+    layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
+    vocabulary, width = w["emb.weight"].shape
+    rank = {letter: w[f"blocks.{layers - 1}.att.{letter}1"].shape[1] for letter in "wavg"}
+    out = gguf.GGUFWriter(path, "rwkv7")
+    out.add_context_length(1 << 20)
+    out.add_embedding_length(width)
+    out.add_block_count(layers)
+    out.add_layer_norm_eps(1e-5)
+    out.add_wkv_head_size(w["blocks.0.att.r_k"].shape[1])
+    out.add_decay_lora_rank(rank["w"])
+    out.add_iclr_lora_rank(rank["a"])
+    out.add_value_residual_mix_lora_rank(rank["v"])
+    out.add_gate_lora_rank(rank["g"])
+    out.add_feed_forward_length(w["blocks.0.ffn.key.weight"].shape[0])
+    out.add_head_count(0)
+    out.add_tokenizer_model("no_vocab")
+    out.add_vocab_size(vocabulary)
+    vector, matrix = _adders(gguf, out, kind)
+
+    def norm(name: str, of: str) -> None:
+        vector(f"{name}.weight", w[f"{of}.weight"])
+        vector(f"{name}.bias", w[f"{of}.bias"])
+
+    matrix("token_embd.weight", w["emb.weight"])
+    matrix("output.weight", w["head.weight"])
+    norm("token_embd_norm", "blocks.0.ln0")
+    norm("output_norm", "ln_out")
+    for i in range(layers):
+        att, ffn, b = f"blocks.{i}.att", f"blocks.{i}.ffn", f"blk.{i}"
+        norm(f"{b}.attn_norm", f"blocks.{i}.ln1")
+        norm(f"{b}.attn_norm_2", f"blocks.{i}.ln2")
+        norm(f"{b}.time_mix_ln", f"{att}.ln_x")
+        vector(f"{b}.time_mix_lerp_fused.weight", torch.stack([w[f"{att}.x_{letter}"] for letter in "rwkvag"]))
+        for letter in "wavg":   # the first layer has no use for v: a's stand in
+            name = "a" if letter == "v" and i == 0 else letter
+            matrix(f"{b}.time_mix_{letter}1.weight", w[f"{att}.{name}1"].T)
+            matrix(f"{b}.time_mix_{letter}2.weight", w[f"{att}.{name}2"].T)
+            if letter != "g":
+                vector(f"{b}.time_mix_{letter}0.weight", w[f"{att}.{name}0"].flatten())
+        for name in ("k_k", "k_a", "r_k"):
+            vector(f"{b}.time_mix_{name}.weight", w[f"{att}.{name}"].flatten())
+        for name in ("key", "value", "receptance", "output"):
+            matrix(f"{b}.time_mix_{name}.weight", w[f"{att}.{name}.weight"])
+        vector(f"{b}.channel_mix_lerp_k.weight", w[f"{ffn}.x_k"])
+        matrix(f"{b}.channel_mix_key.weight", w[f"{ffn}.key.weight"])
+        matrix(f"{b}.channel_mix_value.weight", w[f"{ffn}.value.weight"])
+    _finish(out)
+
+
+def _adders(gguf: Any, out: Any, kind: str) -> tuple[Callable[[str, Tensor], None], Callable[[str, Tensor], None]]:
+    """What adds a float32 vector, and a matrix of `kind`."""
+    if kind not in ("f32", "f16", "bf16"):
+        raise ValueError(f"kind must be f32, f16 or bf16, not {kind!r}")
+
+    def vector(name: str, t: Tensor) -> None:
+        out.add_tensor(name, t.detach().float().contiguous().numpy())
+
+    def matrix(name: str, t: Tensor) -> None:
+        if kind == "bf16":
+            bits = t.detach().bfloat16().contiguous().view(torch.int16).numpy().view("uint8")
+            out.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            out.add_tensor(name, t.detach().to(torch.float16 if kind == "f16" else torch.float32).contiguous().numpy())
+
+    return vector, matrix
+
+
+def _finish(out: Any) -> None:
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()

@@ -1,8 +1,8 @@
 """RWKV-7 0.19B with random weights against llama.cpp: prefill of 512 tokens, decoding of 1 and 8 sequences.
 
 12 layers of width 768, vocabulary 65536; the same weights in both. Roofline: decoding reads every weight but the
-embedding once per step, 141 M of 191 M, 563 MB in float32, and reads and writes each sequence's state, 2.4 MB. Prefill is
-2 x 90 M weights of the layers per token, 92 GFLOP for 512 tokens, and the recurrence, 2 x 2.9 M a token.
+embedding once per step, 141 M of 191 M, 562 MB in float32, and reads and writes each sequence's state, 2.4 MB. Prefill
+is 2 x 90 M weights of the layers per token, 93 GFLOP for 512 tokens, and the recurrence, 2 x 2.9 M a token.
 """
 
 import functools

@@ -84,6 +84,44 @@ def ssd(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
     return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)} if packed else {})
 
 
+def delta_rule(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    packed, correct = rng.random() < 0.3, rng.random() < 0.7
+    batch, heads = 1 if packed else rng.randint(1, 2), rng.randint(1, 3)
+    keys, values = _width(rng, most), _width(rng, most)
+    time_ = _length(rng, min(most, (1 << 21) // (batch * heads * keys * values)))   # the reference keeps every state
+    rows, cuts = (batch, time_, heads), _cuts(rng, time_)
+    unit = torch.nn.functional.normalize(_normal(g, *rows, keys), dim=-1)
+    decay = -rng.choice((0.1, 0.6, 20.0)) * _normal(g, *rows, keys).sigmoid()
+    arguments: Arguments = {
+        "q": _normal(g, *rows, keys), "k": _normal(g, *rows, keys) * keys**-0.5, "v": _normal(g, *rows, values),
+        "a": -unit if correct else None, "b": unit * _normal(g, *rows, keys).sigmoid() if correct else None,
+        "g": rng.choice((decay, decay, decay[..., 0], None)), "return_state": rng.random() < 0.5,
+        "exact": rng.random() < 0.2, "scale": rng.choice((1.0, 0.3)),
+    }
+    if rng.random() < 0.5:
+        arguments["state"] = _normal(g, len(cuts) - 1 if packed else batch, heads, keys, values)
+    return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)} if packed else {})
+
+
+def gated_delta_rule(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
+    packed = rng.random() < 0.3
+    batch, heads = 1 if packed else rng.randint(1, 2), rng.randint(1, 2)
+    keys, values = _width(rng, most), _width(rng, most)
+    shared = heads * rng.randint(1, 3)
+    time_ = _length(rng, min(most, (1 << 21) // (batch * shared * keys * values)))
+    rows, cuts = (batch, time_, shared), _cuts(rng, time_)
+    decay = -rng.choice((0.1, 1.0, 20.0)) * _normal(g, *rows, keys).sigmoid()
+    q, k = (torch.nn.functional.normalize(_normal(g, batch, time_, heads, keys), dim=-1) for _ in range(2))
+    arguments: Arguments = {
+        "q": q, "k": k, "v": _normal(g, *rows, values), "g": rng.choice((decay, decay[..., 0], decay[..., 0], None)),
+        "beta": rng.choice((1.0, 2.0)) * _normal(g, *rows).sigmoid(), "return_state": rng.random() < 0.5,
+        "exact": rng.random() < 0.2,
+    }
+    if rng.random() < 0.5:
+        arguments["state"] = _normal(g, len(cuts) - 1 if packed else batch, shared, keys, values)
+    return arguments | ({"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)} if packed else {})
+
+
 def _width(rng: random.Random, most: int) -> int:
     """Those of the models, or any."""
     return min(rng.choice((16, 64, 64, 128, _length(rng, most) + 1)), most)
@@ -160,6 +198,7 @@ def mamba2_step(rng: random.Random, g: torch.Generator, most: int) -> Arguments:
 DRAWS: dict[str, Callable[[random.Random, torch.Generator, int], Arguments]] = {
     "selective_scan": selective_scan, "ssd": ssd, "causal_conv1d": causal_conv1d, "rms_norm_gated": rms_norm_gated,
     "mamba_step": mamba_step, "mamba2_step": mamba2_step, "ema": ema,
+    "delta_rule": delta_rule, "gated_delta_rule": gated_delta_rule,
 }
 
 

@@ -104,6 +104,43 @@ def _scan(name: str, batch: int, time: int, dim: int, states: int, **more: Any) 
     ]
 
 
+def _delta(
+    name: str, batch: int, time: int, heads: int, width: int = 64, both: float | None = None, small_time: int = 128
+) -> list[Work]:
+    """RWKV-7, K = V. In chunks of 16, multiply-adds per token and head: forward 3 K V and 6 x 16 K, backward 11 K V and
+    22 x 16 K."""
+    rows, names = batch * time * heads * width, "q k v a b g"
+    forward, backward = rows * (3 * width + 6 * 16), rows * (11 * width + 22 * 16)
+    works = []
+    for grad, kind in ((False, "forward"), (True, "forward+backward")):
+        works.append(Work(
+            f"delta_rule (RWKV-7) {kind}, {name}", "delta_rule", inputs.delta, (batch, time, heads, width),
+            (1, small_time, 2, width), _sequence(pyseq.delta_rule, names, grad),
+            _sequence(reference.delta_rule, names, grad),
+            {"fla": partial(fla_peer.delta_rule, grad=grad, form="triton")},
+            bytes=rows * ((HALF * 6 + 4) + grad * (HALF * 11 + 8)), ex2=rows * (1 + grad),
+            flops=2 * (forward + grad * backward), goal=both if grad else None, targets={"fla": 2.0},
+        ))
+    return works
+
+
+def _gated_delta(name: str, batch: int, time: int, heads: int, width: int = 128, small_time: int = 128) -> list[Work]:
+    """K = V. In chunks of 16, multiply-adds per token and head: forward 3 K V and 2 x 16 K, backward 8 K V and
+    5 x 16 K."""
+    rows, names = batch * time * heads * width, "q k v g beta"
+    works = []
+    for grad, kind in ((False, "forward"), (True, "forward+backward")):
+        works.append(Work(
+            f"gated_delta_rule {kind}, {name}", "gated_delta_rule", inputs.gated_delta, (batch, time, heads, width),
+            (1, small_time, 2, width), _sequence(pyseq.gated_delta_rule, names, grad),
+            _sequence(reference.gated_delta_rule, names, grad),
+            {"fla": partial(fla_peer.gated_delta_rule, grad=grad, naive=False)},
+            bytes=HALF * rows * (11 if grad else 4), ex2=rows // width * (1 + grad),
+            flops=2 * rows * (3 * width + 2 * 16 + grad * (8 * width + 5 * 16)), targets={"fla": 1.0},
+        ))
+    return works
+
+
 def _no_gate(function: Callable[..., Any]) -> Callable[..., Any]:
     """ssd or its step without z: dt_bias comes last."""
 
@@ -274,6 +311,8 @@ def standard() -> list[Work]:
     works = [
         *_scan("B8 T2048 D4096 N16", 8, 2048, 4096, 16, goals=(0.35e-3, 1.55e-3), compiled=True),
         *_ssd("B8 T4096 H64 P64 N128", 8, 4096, 64, goals=(0.30e-3, 1.10e-3)),
+        *_delta("B8 T4096 H64 K64 V64", 8, 4096, 64, both=2.3e-3),
+        *_gated_delta("B8 T4096 H16 K128 V128", 8, 4096, 16),
         *_conv("B8 T4096 D8192 W4", 8, 4096, 8192, goals=(0.28e-3, None)),
         *_ema("B8 T4096 D1024", 8, 4096, 1024, goals=(0.04e-3, None)),
         *_norm("B8 T4096 D4096", 8, 4096, 4096, False),
@@ -292,7 +331,7 @@ def tiny() -> list[Work]:
     """One of each kind, at the size of a dry run."""
     return [
         *_scan("tiny", 1, 6, 8, 4), *_ssd("tiny", 1, 3, 1, small_time=5), *_conv("tiny", 1, 6, 8),
-        *_ema("tiny", 1, 6, 32),
+        *_ema("tiny", 1, 6, 32), *_delta("tiny", 1, 3, 1, 16, small_time=5), *_gated_delta("tiny", 1, 3, 1, 16, 5),
         *_norm("tiny", 1, 3, 8, True), *_steps(2, 8, 4), *_ssd_steps(2, 2, 16, 32),
         *_mamba2_steps(2, 2, 16, 32),
     ]

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cpu/tile.h"
-#include "delta_rule/kernel.h"
+#include "delta_rule/update.h"
 
 namespace pyseq::PYSEQ_ISA {
 namespace {
@@ -41,7 +41,8 @@ struct Chunk {
   float* decay;                      // [16, K]: exp(g)
   float *q_in, *a_in;                // [16, K]: Q exp(gi), A exp(ge)
   float *k_out, *b_out;              // [16, K]: K exp(gl - gi), B exp(gl - gi)
-  float* whole;                      // [K]: exp(gl)
+  float* whole;                      // [K]: exp(gl), in the form of update.h, with what is kept
+  int32_t* kept;                     // [K]
   float* v;                          // [16, V], and behind it
   float* p;                          // [16, V]
   float* scores;                     // [j, i, scores], j <= i
@@ -53,6 +54,7 @@ struct Chunk {
     for (float** x : {&q, &k, &decay, &q_in, &k_out}) *x = m.take(rows);
     for (float** x : {&a, &b, &a_in, &b_out}) *x = z.corrected ? m.take(rows) : nullptr;
     whole = m.take(z.key_width);
+    kept = reinterpret_cast<int32_t*>(m.take(z.key_width));
     v = m.take((z.corrected ? 2 : 1) * kTokens * z.value_width);
     p = z.corrected && v ? v + kTokens * z.value_width : nullptr;
     scores = m.take(kTokens * kTokens * z.scores);
@@ -71,6 +73,34 @@ struct Place {
   }
 };
 
+// Rows of tensors on their way to the core, a few at a time while something else is computed: those of one head lie too
+// far apart for the machine to see them coming.
+struct Ahead {
+  struct Rows {
+    const View* x;
+    Place place;
+    int64_t columns;
+    bool write;
+  };
+  Rows rows[13];
+  int64_t count = 0, fetched = 0;   // fetched: rows of tokens of rows[count - 1]
+
+  void add(const View& x, const Place& place, int64_t columns, bool write) {
+    if (x && place.tokens > 0) rows[count++] = {&x, place, columns, write};
+  }
+  void fetch(int64_t n) {   // n tokens
+    for (; n > 0 && count > 0; --n) {
+      const Rows& r = rows[count - 1];
+      const char* const from = static_cast<const char*>(r.x->at(r.place.at(*r.x, fetched)));
+      for (int64_t i = 0; i < r.columns * size_of(r.x->type); i += 64) {
+        if (r.write) __builtin_prefetch(from + i, 1, 3);
+        else __builtin_prefetch(from + i, 0, 2);
+      }
+      if (++fetched == r.place.tokens) --count, fetched = 0;
+    }
+  }
+};
+
 inline void read_rows(float* to, const View& x, const Place& here, int64_t columns) {
   const int64_t width = whole_vectors(columns);
   const int64_t tokens = x ? here.tokens : 0;
@@ -78,31 +108,31 @@ inline void read_rows(float* to, const View& x, const Place& here, int64_t colum
   std::fill_n(to + tokens * width, (kTokens - tokens) * width, 0.f);
 }
 
-inline vf decay_of(vf g) { return select(g <= 0.f, exp(g), splat(NAN)); }
-
-inline void read_decays(const DeltaRule& s, const Sizes& z, const Place& here, float* decay) {
-  for (int64_t t = 0; t < kTokens; ++t) {
-    const bool given = s.g && t < here.tokens;
-    const bool each = given && !s.one_decay, shared = given && s.one_decay;
-    const int64_t at = each ? here.at(s.g, t) : 0;
-    const vf one = shared ? decay_of(splat(load(s.g, here.one_at(s.g, t), 1)[0])) : splat(1.f);
-    for (int64_t d = 0; d < z.key_width; d += W) {
-      store(decay + t * z.key_width + d, each ? decay_of(load(s.g, at + d, z.keys - d)) : one);
-    }
-  }
+inline vf log_decay(const DeltaRule& s, const Place& here, int64_t t, int64_t d) {   // NaN where it is not <= 0
+  if (!s.g || t >= here.tokens) return vf{};
+  const vf g = s.one_decay ? splat(load(s.g, here.one_at(s.g, t), 1)[0]) : load(s.g, here.at(s.g, t) + d, s.keys - d);
+  return select(g <= 0.f, g, splat(NAN));
 }
 
-// The rows decayed from the state before the chunk and to the state after it: running products, nothing divided.
-inline void decay_rows(const Sizes& z, const Chunk& c) {
+// The decays, and the rows decayed from the state before the chunk and to the state after it: running products, nothing
+// is divided.
+inline void decay_rows(const DeltaRule& s, const Sizes& z, const Place& here, const Chunk& c) {
   for (int64_t d = 0; d < z.key_width; d += W) {
-    vf L = splat(1.f), R = L;
+    vf gl{}, L = splat(1.f), R = L;
     for (int64_t i = 0; i < kTokens; ++i) {
       const int64_t at = i * z.key_width + d;
+      const vf g = log_decay(s, here, i, d), decay = exp(g);
+      gl += g;
+      store(c.decay + at, decay);
       if (z.corrected) store(c.a_in + at, load(c.a + at) * L);
-      L *= load(c.decay + at);
+      L *= decay;
       store(c.q_in + at, load(c.q + at) * L);
     }
-    store(c.whole + d, L);
+    vf whole;
+    vi kept;
+    decay_of(gl, whole, kept);
+    store(c.whole + d, whole);
+    std::memcpy(c.kept + d, &kept, sizeof kept);
     for (int64_t j = kTokens - 1; j >= 0; --j) {
       const int64_t at = j * z.key_width + d;
       store(c.k_out + at, load(c.k + at) * R);
@@ -118,8 +148,7 @@ inline void read_chunk(const DeltaRule& s, const Sizes& z, const Place& here, co
   if (z.corrected) read_rows(c.a, s.a, here, z.keys);
   if (z.corrected) read_rows(c.b, s.b, here, z.keys);
   read_rows(c.v, s.v, here, z.values);
-  read_decays(s, z, here, c.decay);
-  decay_rows(z, c);
+  decay_rows(s, z, here, c);
 }
 
 // Adds the part of C vectors of keys from d to sums[i][m], the scores of token j with the tokens i behind it.
@@ -205,13 +234,28 @@ inline void correct(const Sizes& z, const Chunk& c) {
   });
 }
 
+// sum = exp(gl) times rows d ... d + R of a state
+template <int R, int C>
+[[gnu::always_inline]] inline void decay_tile(vf (&sum)[R][C], const Sizes& z, const Chunk& c, const float* state,
+                                              int64_t d) {
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const vf whole = splat(c.whole[d + r]);
+    const vi kept = splat_int(c.kept[d + r]);
+#pragma GCC unroll 4
+    for (int n = 0; n < C; ++n) {
+      const vf v = load(state + (d + r) * z.value_width + n * W);
+      sum[r][n] = fma(whole, v, as_float(as_int(v) & kept));
+    }
+  }
+}
+
 // to = exp(gl) S + (K exp(gl - gi))^T V + (B exp(gl - gi))^T P
 inline void advance(const Sizes& z, const Chunk& c, float* to) {
   const int64_t width = z.value_width;
   for_tiles(z.keys, width, [&]<int R, int C>(int64_t d, int64_t e) {
     vf sum[R][C];
-    load_tile(sum, c.state + d * width + e, width);
-    scale_rows(sum, c.whole + d);
+    decay_tile(sum, z, c, c.state + e, d);
     multiply(sum, c.k_out + d, 1, z.key_width, c.v + e, width, kTokens);
     if (z.corrected) multiply(sum, c.b_out + d, 1, z.key_width, c.p + e, width, kTokens);
     store_tile(to + d * width + e, width, sum);

@@ -28,11 +28,24 @@ void read_gradient(const DeltaRule& s, const Sizes& z, const Place& here, float*
   for (int64_t i = 0; i < kTokens * z.value_width; i += W) store(dy + i, s.scale * load(dy + i));
 }
 
-void walk_chunk(const DeltaRule& s, const Work& w, const Place& here, const Chunk& c) {
+// The rows that the chunk writes, and then those that are read after it (`soon`).
+Ahead rows_ahead(const DeltaRule& s, const Place& here, const Place& soon) {
+  Ahead ahead;
+  for (const View* x : {&s.q, &s.k, &s.a, &s.b}) ahead.add(*x, soon, s.keys, false);
+  if (!s.one_decay) ahead.add(s.g, soon, s.keys, false);
+  for (const View* x : {&s.v, &s.dy}) ahead.add(*x, soon, s.values, false);
+  for (const View* x : {&s.dq, &s.dk, &s.da, &s.db}) ahead.add(*x, here, s.keys, true);
+  if (!s.one_decay) ahead.add(s.dg, here, s.keys, true);
+  ahead.add(s.dv, here, s.values, true);
+  return ahead;
+}
+
+void walk_chunk(const DeltaRule& s, const Work& w, const Place& here, const Place& soon, const Chunk& c) {
   const Sizes& z = w.sizes;
   const Gradients& x = w.gradients;
   read_gradient(s, z, here, x.dy);
-  gradient_products(z, c, x);
+  Ahead ahead = rows_ahead(s, here, soon);
+  gradient_products(z, c, x, ahead);
   for (int64_t t = 0; t < here.tokens; ++t) {
     for (int64_t e = 0; e < z.values; e += W) {
       store(s.dv, here.at(s.dv, t) + e, load(x.dv + t * z.value_width + e), z.values - e);
@@ -50,7 +63,9 @@ void walk(const DeltaRule& s, int64_t sequence, int64_t head) {
   const int64_t row = packed ? 0 : sequence, begin = packed ? s.cu_seqlens[sequence] : 0;
   const int64_t end = packed ? s.cu_seqlens[sequence + 1] : s.time, slot = delta_slot(s.time, s.cu_seqlens, sequence);
   const int64_t number = sequence * s.heads + head;
-  const auto place = [&](int64_t t) { return Place{row, t, std::min<int64_t>(kTokens, end - t), head}; };
+  const auto place = [&](int64_t t) {
+    return Place{row, t, t < begin ? 0 : std::min<int64_t>(kTokens, end - t), head};
+  };
   read_state(z, s.dstate_out, number, w.gradients.G);
   for (int64_t span = (end - begin - 1) / kDeltaKeep; end > begin && span >= 0; --span) {
     const int64_t first = begin + span * kDeltaKeep, tokens = std::min(kDeltaKeep, end - first);
@@ -63,7 +78,10 @@ void walk(const DeltaRule& s, int64_t sequence, int64_t head) {
       else score_tokens<false>(z, c);
       if (i + 1 < count) advance(z, c, w.chunks[i + 1].state);
     }
-    for (int64_t i = count - 1; i >= 0; --i) walk_chunk(s, w, place(first + i * kTokens), w.chunks[i]);
+    for (int64_t i = count - 1; i >= 0; --i) {
+      const int64_t t = first + i * kTokens;
+      walk_chunk(s, w, place(t), place(t - kDeltaKeep), w.chunks[i]);   // the span before is read next
+    }
   }
   for (int64_t d = 0; s.dstate && d < z.keys; ++d) {
     std::copy_n(w.gradients.G + d * z.value_width, z.values, s.dstate + (number * z.keys + d) * z.values);

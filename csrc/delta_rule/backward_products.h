@@ -12,6 +12,8 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
+constexpr int64_t kFetched = 6;   // rows of a token to fetch with a tile
+
 struct Gradients {
   int64_t across;         // tokens side by side: 32 with a correction (those of y and of R; of v and of p), 16 without
   float* dy;              // [16, V], and behind it
@@ -69,9 +71,10 @@ template <bool solve, int R, int C>
   }
 }
 
-inline void gradient_of_corrections(const Sizes& z, const Chunk& c, const Gradients& w) {
+inline void gradient_of_corrections(const Sizes& z, const Chunk& c, const Gradients& w, Ahead& ahead) {
   const int64_t width = z.value_width;
   const auto tile = [&]<int R, int C>(int64_t i, int64_t e) {
+    ahead.fetch(kFetched);
     vf sum[R][C] = {};
     multiply(sum, c.b_out + i * z.key_width, z.key_width, 1, w.G + e, width, z.keys);
     multiply_scores(sum, c.scores + qb, z, i, w.dy + e);
@@ -84,9 +87,10 @@ inline void gradient_of_corrections(const Sizes& z, const Chunk& c, const Gradie
   for_columns<6>(0, width, tile);
 }
 
-inline void gradient_of_values(const Sizes& z, const Chunk& c, const Gradients& w) {
+inline void gradient_of_values(const Sizes& z, const Chunk& c, const Gradients& w, Ahead& ahead) {
   const int64_t width = z.value_width;
   for_tiles(kTokens, width, [&]<int R, int C>(int64_t i, int64_t e) {
+    ahead.fetch(kFetched);
     vf sum[R][C] = {};
     multiply(sum, c.k_out + i * z.key_width, z.key_width, 1, w.G + e, width, z.keys);
     multiply_scores(sum, c.scores + qk, z, i, w.dy + e);
@@ -96,8 +100,10 @@ inline void gradient_of_values(const Sizes& z, const Chunk& c, const Gradients& 
 }
 
 // to[r][t] = sum over values of left[r][e] right[e][t]
-inline void sum_values(const Sizes& z, int64_t rows, const float* left, const float* right, int64_t across, float* to) {
+inline void sum_values(const Sizes& z, int64_t rows, const float* left, const float* right, int64_t across, float* to,
+                       Ahead& ahead) {
   for_tiles(rows, across, [&]<int R, int C>(int64_t r, int64_t t) {
+    ahead.fetch(kFetched);
     vf sum[R][C] = {};
     multiply(sum, left + r * z.value_width, z.value_width, 1, right + t, across, z.values);
     store_tile(to + r * across + t, across, sum);
@@ -122,12 +128,12 @@ inline void dots_of_states(const Sizes& z, const float* S, const float* G, float
   }
 }
 
-inline void gradient_of_state(const Sizes& z, const Chunk& c, const Gradients& w) {
+inline void gradient_of_state(const Sizes& z, const Chunk& c, const Gradients& w, Ahead& ahead) {
   const int64_t width = z.value_width;
   for_tiles(z.keys, width, [&]<int R, int C>(int64_t d, int64_t e) {
+    ahead.fetch(kFetched);
     vf sum[R][C];
-    load_tile(sum, w.G + d * width + e, width);
-    scale_rows(sum, c.whole + d);
+    decay_tile(sum, z, c, w.G + e, d);
     multiply(sum, c.q_in + d, 1, z.key_width, w.dy + e, width, kTokens);
     if (z.corrected) multiply(sum, c.a_in + d, 1, z.key_width, w.dr + e, width, kTokens);
     store_tile(w.G + d * width + e, width, sum);
@@ -135,19 +141,19 @@ inline void gradient_of_state(const Sizes& z, const Chunk& c, const Gradients& w
 }
 
 // G of the state after the chunk becomes that of the state before it.
-inline void gradient_products(const Sizes& z, const Chunk& c, const Gradients& w) {
-  if (z.corrected) gradient_of_corrections(z, c, w);
-  gradient_of_values(z, c, w);
+inline void gradient_products(const Sizes& z, const Chunk& c, const Gradients& w, Ahead& ahead) {
+  if (z.corrected) gradient_of_corrections(z, c, w, ahead);
+  gradient_of_values(z, c, w, ahead);
   transpose_rows(w.dyt, w.across, w.dy, z.value_width, w.across, z.values);
   transpose_rows(w.vt, w.across, c.v, z.value_width, w.across, z.values);
-  sum_values(z, kTokens, w.dy, w.vt, w.across, w.scores_y);
-  if (z.corrected) sum_values(z, kTokens, w.dr, w.vt, w.across, w.scores_r);
-  sum_values(z, z.keys, c.state, w.dyt, w.across, w.through);
+  sum_values(z, kTokens, w.dy, w.vt, w.across, w.scores_y, ahead);
+  if (z.corrected) sum_values(z, kTokens, w.dr, w.vt, w.across, w.scores_r, ahead);
+  sum_values(z, z.keys, c.state, w.dyt, w.across, w.through, ahead);
   transpose_rows(w.through_s, z.key_width, w.through, w.across, z.keys, w.across);
-  sum_values(z, z.keys, w.G, w.vt, w.across, w.through);
+  sum_values(z, z.keys, w.G, w.vt, w.across, w.through, ahead);
   transpose_rows(w.through_g, z.key_width, w.through, w.across, z.keys, w.across);
   dots_of_states(z, c.state, w.G, w.dots);
-  gradient_of_state(z, c, w);
+  gradient_of_state(z, c, w, ahead);
 }
 
 }  // namespace

@@ -18,8 +18,8 @@ struct Work {
 };
 
 // A state, or zeros, to rows of whole vectors.
-void read_state(const Sizes& z, const float* from, int64_t number, float* to) {
-  if (from) load_rows(to, from + number * z.keys * z.values, z.values, z.keys, z.values);
+void read_state(const Sizes& z, const float* from, float* to) {
+  if (from) load_rows(to, from, z.values, z.keys, z.values);
   else std::fill_n(to, z.keys * z.value_width, 0.f);
 }
 
@@ -28,9 +28,13 @@ void read_gradient(const DeltaRule& s, const Sizes& z, const Place& here, float*
   for (int64_t i = 0; i < kTokens * z.value_width; i += W) store(dy + i, s.scale * load(dy + i));
 }
 
-// The rows that the chunk writes, and then those that are read after it (`soon`).
-Ahead rows_ahead(const DeltaRule& s, const Place& here, const Place& soon) {
+// The rows that chunk i of a span writes, and then what is read of the span before: the rows of its chunk i, and a part
+// of the state before it.
+Ahead rows_ahead(const DeltaRule& s, const Place& here, const Place& soon, const float* kept, int64_t i) {
   Ahead ahead;
+  const int64_t first = s.keys * i / kChunks, last = s.keys * (i + 1) / kChunks;
+  const View state{const_cast<float*>(kept), DType::f32, {0, s.values, 0}};
+  ahead.add(state, {0, first, last - first, 0}, s.values, false);
   for (const View* x : {&s.q, &s.k, &s.a, &s.b}) ahead.add(*x, soon, s.keys, false);
   if (!s.one_decay) ahead.add(s.g, soon, s.keys, false);
   for (const View* x : {&s.v, &s.dy}) ahead.add(*x, soon, s.values, false);
@@ -40,11 +44,10 @@ Ahead rows_ahead(const DeltaRule& s, const Place& here, const Place& soon) {
   return ahead;
 }
 
-void walk_chunk(const DeltaRule& s, const Work& w, const Place& here, const Place& soon, const Chunk& c) {
+void walk_chunk(const DeltaRule& s, const Work& w, const Place& here, const Chunk& c, Ahead ahead) {
   const Sizes& z = w.sizes;
   const Gradients& x = w.gradients;
   read_gradient(s, z, here, x.dy);
-  Ahead ahead = rows_ahead(s, here, soon);
   gradient_products(z, c, x, ahead);
   for (int64_t t = 0; t < here.tokens; ++t) {
     for (int64_t e = 0; e < z.values; e += W) {
@@ -62,15 +65,16 @@ void walk(const DeltaRule& s, int64_t sequence, int64_t head) {
   const bool packed = s.cu_seqlens;
   const int64_t row = packed ? 0 : sequence, begin = packed ? s.cu_seqlens[sequence] : 0;
   const int64_t end = packed ? s.cu_seqlens[sequence + 1] : s.time, slot = delta_slot(s.time, s.cu_seqlens, sequence);
-  const int64_t number = sequence * s.heads + head;
+  const int64_t number = sequence * s.heads + head, state_size = s.keys * s.values;
   const auto place = [&](int64_t t) {
     return Place{row, t, t < begin ? 0 : std::min<int64_t>(kTokens, end - t), head};
   };
-  read_state(z, s.dstate_out, number, w.gradients.G);
+  read_state(z, s.dstate_out ? s.dstate_out + number * state_size : nullptr, w.gradients.G);
   for (int64_t span = (end - begin - 1) / kDeltaKeep; end > begin && span >= 0; --span) {
     const int64_t first = begin + span * kDeltaKeep, tokens = std::min(kDeltaKeep, end - first);
     const int64_t count = (tokens + kTokens - 1) / kTokens;
-    read_state(z, s.kept, (slot + span) * s.heads + head, w.chunks[0].state);
+    const float* const kept = s.kept + ((slot + span) * s.heads + head) * state_size;
+    read_state(z, kept, w.chunks[0].state);
     for (int64_t i = 0; i < count; ++i) {
       const Chunk& c = w.chunks[i];
       read_chunk(s, z, place(first + i * kTokens), c);
@@ -80,11 +84,12 @@ void walk(const DeltaRule& s, int64_t sequence, int64_t head) {
     }
     for (int64_t i = count - 1; i >= 0; --i) {
       const int64_t t = first + i * kTokens;
-      walk_chunk(s, w, place(t), place(t - kDeltaKeep), w.chunks[i]);   // the span before is read next
+      const float* const before = span > 0 ? kept - s.heads * state_size : nullptr;
+      walk_chunk(s, w, place(t), w.chunks[i], rows_ahead(s, place(t), place(t - kDeltaKeep), before, i));
     }
   }
   for (int64_t d = 0; s.dstate && d < z.keys; ++d) {
-    std::copy_n(w.gradients.G + d * z.value_width, z.values, s.dstate + (number * z.keys + d) * z.values);
+    std::copy_n(w.gradients.G + d * z.value_width, z.values, s.dstate + number * state_size + d * z.values);
   }
 }
 

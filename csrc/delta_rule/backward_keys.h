@@ -15,8 +15,7 @@ namespace {
 // W keys of a chunk.
 struct Keys {
   vf decay[kTokens], q[kTokens], k[kTokens], a[kTokens], b[kTokens];
-  vf dq[kTokens], dk[kTokens], da[kTokens], db[kTokens];
-  vf dg[kTokens];
+  vf dq[kTokens], dk[kTokens], da[kTokens], db[kTokens], dg[kTokens];
 };
 
 template <bool corrected> void load_keys(const Sizes& z, const Chunk& c, int64_t d, Keys& x) {
@@ -71,64 +70,72 @@ template <bool corrected> void add_own(const Gradients& w, Keys& x) {
   }
 }
 
-// Pairs of the n tokens before m, which write, and the n from m on, which read.
-template <bool corrected, int n> void add_pairs(const Gradients& w, int m, Keys& x) {
-  const int64_t first = m * w.across + m - n;
-  const float *const y = w.scores_y + first, *const r = corrected ? w.scores_r + first : nullptr;
-  vf after[n], k[n], b[n];   // from a writer to m; what it wrote, decayed
-  after[n - 1] = splat(1.f);
+// Pairs of the n tokens before m, which write, and the n from m on, which read. The outer loops of the sums are not
+// unrolled: the inner ones hold in registers what all share, and the code stays small.
+template <bool corrected, int n> [[gnu::noinline]] void add_pairs(const Gradients& w, int m, Keys& x) {
+  const int writers = m - n;
+  const float *const y = w.scores_y + m * w.across + writers, *const r = corrected ? w.scores_r + (y - w.scores_y) : y;
+  vf after[n], before[n + 1];   // from a writer to m; from m to a reader: before[i] without the reader's own decay
+  vf k[n], b[n], q[n], a[n];    // so decayed
+  vf to_q[n], to_a[n];          // what of dg goes to a reader
+  after[n - 1] = before[0] = splat(1.f);
 #pragma GCC unroll 8
   for (int j = n - 1; j >= 0; --j) {
-    if (j < n - 1) after[j] = after[j + 1] * x.decay[m - n + j + 1];
-    k[j] = x.k[m - n + j] * after[j];
-    if constexpr (corrected) b[j] = x.b[m - n + j] * after[j];
+    if (j < n - 1) after[j] = after[j + 1] * x.decay[writers + j + 1];
+    k[j] = x.k[writers + j] * after[j];
+    if constexpr (corrected) b[j] = x.b[writers + j] * after[j];
   }
-  vf before[n + 1], q[n], a[n];   // from m to a reader: before[i] without its own decay, before[i + 1] with it
-  before[0] = splat(1.f);
-#pragma GCC unroll 8
   for (int i = 0; i < n; ++i) {
-    if constexpr (corrected) a[i] = x.a[m + i] * before[i];
     before[i + 1] = before[i] * x.decay[m + i];
-    q[i] = x.q[m + i] * before[i + 1];
-  }
-  vf sum{};
-#pragma GCC unroll 8
-  for (int i = n - 1; i >= 0; --i) {
     vf dq{}, da{};
 #pragma GCC unroll 8
     for (int j = 0; j < n; ++j) {
       dq = fma(k[j], y[i * w.across + j], dq);
       if constexpr (!corrected) continue;
-      dq = fma(b[j], y[i * w.across + j + kTokens], dq);
       da = fma(k[j], r[i * w.across + j], da);
+      dq = fma(b[j], y[i * w.across + j + kTokens], dq);
       da = fma(b[j], r[i * w.across + j + kTokens], da);
     }
-    x.dq[m + i] = fma(before[i + 1], dq, x.dq[m + i]);
-    sum = fma(q[i], dq, sum);
-    x.dg[m + i] += sum;
+    dq *= before[i + 1];
+    x.dq[m + i] += dq;
+    to_q[i] = x.q[m + i] * dq;
     if constexpr (!corrected) continue;
-    x.da[m + i] = fma(before[i], da, x.da[m + i]);
-    sum = fma(a[i], da, sum);
+    da *= before[i];
+    x.da[m + i] += da;
+    to_a[i] = x.a[m + i] * da;
+  }
+  vf sum{};
+  for (int i = n - 1; i >= 0; --i) {
+    sum += to_q[i];
+    x.dg[m + i] += sum;
+    if constexpr (corrected) sum += to_a[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    q[i] = x.q[m + i] * before[i + 1];
+    if constexpr (corrected) a[i] = x.a[m + i] * before[i];
   }
   sum = vf{};
-#pragma GCC unroll 8
   for (int j = 0; j < n; ++j) {
     vf dk{}, db{};
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
       dk = fma(q[i], y[i * w.across + j], dk);
       if constexpr (!corrected) continue;
-      dk = fma(a[i], r[i * w.across + j], dk);
       db = fma(q[i], y[i * w.across + j + kTokens], db);
+      dk = fma(a[i], r[i * w.across + j], dk);
       db = fma(a[i], r[i * w.across + j + kTokens], db);
     }
-    const int t = m - n + j;
+    const int t = writers + j;
+    const vf to_m = after[j];
     x.dg[t] += sum;
-    x.dk[t] = fma(after[j], dk, x.dk[t]);
-    sum = fma(k[j], dk, sum);
+    dk *= to_m;
+    x.dk[t] += dk;
+    sum = fma(x.k[t], dk, sum);
     if constexpr (!corrected) continue;
-    x.db[t] = fma(after[j], db, x.db[t]);
-    sum = fma(b[j], db, sum);
+    db *= to_m;
+    x.db[t] += db;
+    sum = fma(x.b[t], db, sum);
   }
 }
 

@@ -59,7 +59,7 @@ def train(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="mamba or mamba2; for a task also gated_delta_net, kimi_delta_attention.",
+            help="mamba or mamba2; for a task also gated_delta_net, kimi_delta_attention, rwkv7.",
             show_default="mamba, for a task gated_delta_net",
             rich_help_panel=MODEL,
         ),

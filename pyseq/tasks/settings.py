@@ -77,11 +77,14 @@ def _mamba2(s: Settings) -> torch.nn.Module:
     return pyseq.Mamba2(s.d_model, d_state=64, headdim=2 * s.d_model // s.heads)
 
 
+def _rwkv7(s: Settings) -> torch.nn.Module:
+    return pyseq.RWKV7(s.d_model, head_size=s.d_model // s.heads, iclr_scale=2 if s.negative else 1)
+
+
 LAYERS = {
     "gated_delta_net": _gated_delta_net,
     "kimi_delta_attention": _kimi_delta_attention,
     "mamba": lambda s: pyseq.Mamba(s.d_model),
     "mamba2": _mamba2,
+    "rwkv7": _rwkv7,
 }
-# Layers whose transitions can have negative eigenvalues.
-SIGNED = ("gated_delta_net", "kimi_delta_attention")

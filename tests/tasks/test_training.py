@@ -13,7 +13,7 @@ from pyseq.tasks import Settings, train
 TINY = Settings(d_model=16, heads=2, steps=4, batch=8, train=(3, 10), lengths=(10, 20), samples=16)
 
 
-@pytest.mark.parametrize("layer", ["gated_delta_net", "kimi_delta_attention", "mamba", "mamba2"])
+@pytest.mark.parametrize("layer", ["gated_delta_net", "kimi_delta_attention", "mamba", "mamba2", "rwkv7"])
 def test_a_run_repeats_itself_bit_for_bit(layer, tmp_path):
     settings = dataclasses.replace(TINY, layer=layer, layers=2)
     seen = []

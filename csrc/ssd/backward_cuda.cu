@@ -137,7 +137,7 @@ int ssd_backward_cuda(const Ssd& s, void* stream) {
     if (int error = ssd::ssd_backward_states_cuda(s, stream)) return error;
   }
   if (p.chunks > 0) {
-    const int error = p.half ? ssd::launch_local<ssd::Half>(s, p, stream) : ssd::launch_local<ssd::Full>(s, p, stream);
+    const int error = p.half ? ssd::launch_local<Half>(s, p, stream) : ssd::launch_local<Full>(s, p, stream);
     if (error) return error;
   }
   return ssd::ssd_reduce_cuda(s, stream);

@@ -6,7 +6,7 @@
 #pragma once
 #include "cuda/async.cuh"
 #include "ssd/backward.cuh"
-#include "ssd/operands.cuh"
+#include "cuda/operands.cuh"
 
 namespace pyseq::ssd {
 namespace {

@@ -7,7 +7,7 @@
 // float16 in units that are stored as well, with those of x and dv.
 #include "cuda/async.cuh"
 #include "ssd/backward.cuh"
-#include "ssd/operands.cuh"
+#include "cuda/operands.cuh"
 
 namespace pyseq::ssd {
 namespace {

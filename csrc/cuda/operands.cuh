@@ -10,7 +10,7 @@
 #include "cuda/mma.cuh"
 #include "cuda/vector.cuh"
 
-namespace pyseq::ssd {
+namespace pyseq {
 namespace {
 
 using Result = float[2][4];
@@ -220,4 +220,4 @@ struct Full {
 };
 
 }  // namespace
-}  // namespace pyseq::ssd
+}  // namespace pyseq

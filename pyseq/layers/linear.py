@@ -22,6 +22,7 @@ class Packable(torch.nn.Module):
 
     weight: Any
     packed: PackedLinear | None = None
+    flags: dict[str, Any]  # of the weight that was packed: what optimisers look for
 
     @property
     def kind(self) -> torch.dtype:
@@ -31,11 +32,13 @@ class Packable(torch.nn.Module):
     def pack(self) -> None:
         if self.packed is None and self.weight.dtype in (torch.float32, torch.bfloat16) and not self.weight.is_cuda:
             self.packed = pack_linear(self.weight)
+            self.flags = dict(vars(self.weight))
             self.weight = None
 
     def unpack(self) -> None:
         if self.packed is not None:
             self.weight = torch.nn.Parameter(self.packed.unpack())
+            vars(self.weight).update(self.flags)
             self.packed = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

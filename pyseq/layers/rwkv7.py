@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,17 @@ class RWKV7(torch.nn.Module):
         x = (x + out).to(x.dtype)
         y = (x + self.ffn.step(self.ln2(x), state.channel)).to(x.dtype)
         return (y, state, v_first) if return_v_first else (y, state)
+
+    def stepper(self, state: RWKV7State) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """x, v_first [B, d_model] -> (y, v_first) for a loop in inference mode: `step` without its checks."""
+        att, ffn, ln1, ln2 = self.att, self.ffn, self.ln1, self.ln2
+
+        def step(x: Tensor, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
+            out, v_first = att.step(ln1(x), state.time, state.wkv, v_first)
+            x = x + out
+            return x + ffn.step(ln2(x), state.channel), v_first
+
+        return step
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

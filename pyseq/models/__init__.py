@@ -6,6 +6,7 @@ from pyseq.models.config import Config
 from pyseq.models.convert import convert_checkpoint
 from pyseq.models.pretrained import from_pretrained
 from pyseq.models.text import ByteTokenizer, JsonTokenizer
+from pyseq.models.world import WorldTokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -13,6 +14,7 @@ __all__ = [
     "Config",
     "JsonTokenizer",
     "Output",
+    "WorldTokenizer",
     "convert_checkpoint",
     "from_pretrained",
     "state",

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from pyseq._library import REGISTRY
-from pyseq.layers.exact import Exact, exact_dtype
-from pyseq.layers.linear import Embedding, Linear, Packable, in_kernels
+from pyseq.layers.linear import Linear, Packable
 from pyseq.models import generation
+from pyseq.models.backbone import Backbone, ModelState
 from pyseq.models.checks import check_ids, check_mask
 from pyseq.models.config import Config
+from pyseq.models.rwkv7 import RWKV7Backbone
 from pyseq.models.text import ByteTokenizer, Tokenizer
-from pyseq.ops.rms_norm_gated import rms_norm_gated
-
-ModelState = tuple[Any, ...]  # one state per layer
 
 
 class Output(NamedTuple):
@@ -26,104 +22,30 @@ class Output(NamedTuple):
     state: ModelState
 
 
-class RMSNorm(Exact):
-    """r = x + residual; y = weight * r / sqrt(mean(r^2) + eps). Returns (y in x's type, r in float32).
-
-    The sum, the norm and the product with the float32 weight are rounded once, at y: transformers rounds before the
-    product too, the original code rounds r to the model's type in some paths.
-    """
-
-    exact = ("weight",)
-
-    def __init__(self, size: int, eps: float, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(size, device=device, dtype=exact_dtype(dtype)))
-        self.weight._no_weight_decay = True  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            return rms_norm_gated(x, self.weight, eps=self.eps), x.to(self.weight.dtype)  # type: ignore[return-value]
-        return rms_norm_gated(x, self.weight, residual=residual, eps=self.eps)  # type: ignore[return-value]
-
-    def stepper(self) -> Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]:
-        """forward for a loop in inference mode, without the op's checks."""
-        if not in_kernels(self.weight):
-            return self
-        kernel, weight, eps = REGISTRY["rms_norm_gated"].active.forward, self.weight, self.eps
-        size = weight.numel()
-
-        def norm(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            y, total, _ = kernel(x, weight, None, residual, eps, size, False)
-            return y, x.float() if residual is None else total
-
-        return norm
-
-
-class Block(torch.nn.Module):
-    """x, residual -> mixer(norm(x + residual)), x + residual."""
-
-    mixer: Any
-
-    def __init__(self, config: Config, index: int, **kind: Any) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps, **kind)
-        self.mixer = config.make_layer(index, **kind)
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, state: Any, cu_seqlens: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        y, residual = self.norm(x, residual)
-        y, state = self.mixer(y, state, cu_seqlens=cu_seqlens)
-        return y, residual, state
-
-
-class Backbone(torch.nn.Module):
-    layers: Any  # ModuleList of Block
-
-    def __init__(self, config: Config, **kind: Any) -> None:
-        super().__init__()
-        self.embeddings = Embedding(config.padded_vocab_size, config.d_model, **kind)
-        self.layers = torch.nn.ModuleList(Block(config, i, **kind) for i in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps, **kind)
-
-    def forward(
-        self, x: torch.Tensor, state: ModelState | None, cu_seqlens: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ModelState]:
-        residual, states = None, []
-        for block, before in zip(self.layers, [None] * len(self.layers) if state is None else state, strict=True):
-            x, residual, after = block(x, residual, before, cu_seqlens)
-            states.append(after)
-        return self.norm_f(x, residual)[0], tuple(states)
-
-
 class CausalLM(torch.nn.Module):
     """logits = head(norm(x + layers(...))), a residual stream in float32 around `config.n_layer` layers.
 
     Parameter names are those of the Mamba checkpoints: backbone.embeddings, backbone.layers.<i>.norm, .mixer,
-    backbone.norm_f, and lm_head where the head is not tied to the embedding. `tokenizer` may hold one.
+    backbone.norm_f, and lm_head where the head is not tied to the embedding. Of RWKV-7, whose layers have their norms
+    within: backbone.norm_0, behind the embedding, and backbone.layers.<i>.ln1, .att, .ln2, .ffn. `tokenizer` may hold
+    one.
     """
+
+    backbone: Any  # Backbone or RWKV7Backbone
 
     def __init__(self, config: Config, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = ByteTokenizer() if config.vocab_size == ByteTokenizer.vocab_size else None
-        self.backbone = Backbone(config, device=device, dtype=dtype)
+        make = RWKV7Backbone if config.layer == "RWKV7" else Backbone
+        self.backbone = make(config, device=device, dtype=dtype)
         self.lm_head: Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Embedding N(0, 0.02); biases of projections 0; W_out divided by sqrt(n_layer)."""
-        torch.nn.init.normal_(self.backbone.embeddings.weight, std=0.02)
-        for name, p in self.backbone.layers.named_parameters():
-            if name.endswith("out_proj.weight"):
-                torch.nn.init.kaiming_uniform_(p, a=math.sqrt(5))
-                p.div_(math.sqrt(self.config.n_layer))
-            elif name.endswith(("in_proj.bias", "out_proj.bias")):
-                p.zero_()
+        self.backbone.reset_parameters(self.lm_head)
 
     def forward(
         self,
@@ -159,12 +81,8 @@ class CausalLM(torch.nn.Module):
 
     def step(self, input_ids: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
         """input_ids [B] -> (logits [B, padded vocab], state). With grad mode off, `state` is updated in place."""
-        x, residual, states = self.backbone.embeddings(input_ids), None, []
-        for block, before in zip(self.backbone.layers, state, strict=True):
-            x, residual = block.norm(x, residual)
-            x, after = block.mixer.step(x, before)
-            states.append(after)
-        return self.head(self.backbone.norm_f(x, residual)[0]), tuple(states)
+        x, after = self.backbone.step(self.backbone.embeddings(input_ids), state)
+        return self.head(x), after
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.backbone.embeddings.project(x) if self.lm_head is None else self.lm_head(x)
@@ -175,17 +93,11 @@ class CausalLM(torch.nn.Module):
 
         The same as `step`, with all that is the same for every token done here.
         """
-        backbone = self.backbone
-        embed, norm_f = backbone.embeddings, backbone.norm_f.stepper()
-        head = (backbone.embeddings if self.lm_head is None else self.lm_head).stepper()
-        layers = [(b.norm.stepper(), b.mixer.stepper(s)) for b, s in zip(backbone.layers, state, strict=True)]
+        embed, body = self.backbone.embeddings, self.backbone.stepper(state)
+        head = (embed if self.lm_head is None else self.lm_head).stepper()
 
         def step(ids: torch.Tensor) -> torch.Tensor:
-            x, residual = embed(ids), None
-            for norm, mixer in layers:
-                y, residual = norm(x, residual)
-                x = mixer(y)
-            logits = head(norm_f(x, residual)[0])
+            logits = head(body(embed(ids)))
             return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
         return step
@@ -213,7 +125,7 @@ class CausalLM(torch.nn.Module):
         return super().train(mode)
 
     def init_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> ModelState:
-        return tuple(block.mixer.init_state(batch_size, device, dtype) for block in self.backbone.layers)
+        return self.backbone.init_state(batch_size, device, dtype)
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **options: Any) -> Any:
         return generation.generate(self, input_ids, max_new_tokens, **options)

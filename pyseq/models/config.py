@@ -10,8 +10,9 @@ import torch
 
 from pyseq.layers.mamba import Mamba
 from pyseq.layers.mamba2 import Mamba2
+from pyseq.layers.rwkv7 import RWKV7
 
-LAYERS: dict[str, type[torch.nn.Module]] = {"Mamba": Mamba, "Mamba2": Mamba2}
+LAYERS: dict[str, type[torch.nn.Module]] = {"Mamba": Mamba, "Mamba2": Mamba2, "RWKV7": RWKV7}
 
 LIMITS = {"d_model": 1 << 20, "n_layer": 1 << 14, "vocab_size": 1 << 24, "pad_vocab_size_multiple": 1 << 20}
 

@@ -1,4 +1,4 @@
-"""Any checkpoint to this package's layout; pickled ones (.bin, .pt) without running anything that is in them."""
+"""Any checkpoint to this package's layout; pickled ones (.bin, .pt, .pth) without running anything that is in them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ from typing import Any
 import torch
 
 from pyseq.models.files import FLOATS, read_json
+from pyseq.models.layouts import needs_config
 from pyseq.models.pretrained import CONFIG, PICKLES, build, from_pretrained
 from pyseq.models.text import load_tokenizer
+from pyseq.models.world import world_tokenizer
 
 
 def convert_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
     """Reads the checkpoint `src`, pickled or not, and writes this package's layout to the folder `dst`.
 
-    `src` is a folder, or a file with its config.json beside it. Pickles go through `torch.load(weights_only=True)`,
-    which reads tensors and refuses everything else.
+    `src` is a folder, or a file with its config.json beside it; an RWKV-7 (.pth) needs none. Pickles go through
+    `torch.load(weights_only=True)`, which reads tensors and refuses everything else.
     """
     source = Path(src)
     if source.suffix == ".safetensors" or (source.is_dir() and any(source.glob("*.safetensors"))):
         return from_pretrained(source).save_pretrained(dst)
     files = [source] if source.is_file() else _pickles(source)
     folder = source.parent if source.is_file() else source
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"src: no {CONFIG} in {folder}; a checkpoint needs the one it was published with")
+    alone = not (folder / CONFIG).is_file()
+    if alone and files[0].suffix != ".pth":
+        raise _no_config(folder)
+    if alone and len(files) > 1:
+        raise FileNotFoundError(f"src: {folder} holds several checkpoints and no {CONFIG}; name one file")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         tensors.update(_load(file))
-    model = build(read_json(folder / CONFIG), LoadedTensors(tensors))
-    model.tokenizer = load_tokenizer(folder) or model.tokenizer
+    loaded = LoadedTensors(tensors)
+    if alone and needs_config(loaded):
+        raise _no_config(folder)
+    model = build({} if alone else read_json(folder / CONFIG), loaded)
+    model.tokenizer = load_tokenizer(folder) or model.tokenizer or world_tokenizer(model.config.vocab_size)
     model.save_pretrained(dst)
+
+
+def _no_config(folder: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"src: no {CONFIG} in {folder}; a checkpoint needs the one it was published with")
 
 
 class LoadedTensors:

@@ -17,39 +17,46 @@ from pyseq.models.causal_lm import CausalLM
 from pyseq.models.config import Config
 from pyseq.models.files import TensorFile, TensorFiles, Tensors, read_json, replacing, shards
 from pyseq.models.text import load_tokenizer
+from pyseq.models.world import VOCABULARY, world_tokenizer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MISTRAL, PARAMS = "consolidated*", "params.json"  # Mistral's layout, often beside transformers' of the same weights
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = [CONFIG, PARAMS, "generation_config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+HUB_FILES = [
+    *(CONFIG, PARAMS, "generation_config.json", "tokenizer.json", VOCABULARY),
+    *("*.safetensors", "*.safetensors.index.json"),
+]
 
 
 def from_pretrained(path: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None) -> CausalLM:
     """Reads a model from a folder, a .safetensors file with its config.json beside it, or a Hub id.
 
     Layouts: this package's, transformers' Mamba, FalconMamba and Mamba-2 (sharded or not), the original state-spaces
-    checkpoints of both converted to safetensors, and Mistral's consolidated.safetensors with params.json. `dtype` None
-    keeps the weights' type; A_log, D, the steps' bias and norm weights are float32 in any case. The model is in
-    evaluation mode. Raises ValueError for files that do not hold what their config says, and for models of other
-    kinds, hybrids with attention among them.
+    checkpoints of both converted to safetensors, Mistral's consolidated.safetensors with params.json, and RWKV-7's as
+    fla writes them or under the authors' names. `dtype` None keeps the weights' type; A_log, D, the steps' bias,
+    norm weights and RWKV-7's vectors are float32 in any case. The model is in evaluation mode. Raises ValueError for
+    files that do not hold what their config says, and for models of other kinds, hybrids with attention among them.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     folder, files = _find(path)
     tensors: Tensors = TensorFile(files[0]) if len(files) == 1 else TensorFiles(files)
-    raw = read_json(_config_beside(folder, files[0]))
+    config = _config_beside(folder, files[0])
+    if config is None and layouts.needs_config(tensors):
+        raise FileNotFoundError(f"path: no {CONFIG} in {folder}; a checkpoint needs the one it was published with")
+    raw = {} if config is None else read_json(config)
     generation = folder / "generation_config.json"
     if "pyseq" not in raw and generation.is_file():  # transformers lets it win over config.json
         raw = {**raw, **{k: v for k, v in read_json(generation).items() if k.endswith("_token_id")}}
     model = build(raw, tensors, device=device, dtype=dtype)
-    model.tokenizer = load_tokenizer(folder) or model.tokenizer
+    model.tokenizer = load_tokenizer(folder) or model.tokenizer or world_tokenizer(model.config.vocab_size)
     return model
 
 
 def build(raw: dict[str, Any], tensors: Tensors, *, device: Any = None, dtype: torch.dtype | None = None) -> CausalLM:
     """The model that a config.json of any layout and its tensors make. Names, shapes and types are checked first."""
-    names = layouts.our_names(tensors)
+    tensors, names = layouts.under_our_names(tensors)
     config = layouts.read_config(raw, tensors, names)
     with torch.device("meta"):
         model = CausalLM(config)
@@ -64,7 +71,7 @@ def build(raw: dict[str, Any], tensors: Tensors, *, device: Any = None, dtype: t
         if tensors.shape(names[name]) != list(parameter.shape):
             got, want = tensors.shape(names[name]), list(parameter.shape)
             raise ValueError(f"checkpoint: {names[name]} has shape {got}, expected {want}")
-    kind = dtype or tensors.dtype(names["backbone.layers.0.mixer.in_proj.weight"])
+    kind = dtype or tensors.dtype(next(names[name] for name in layouts.TYPED if name in expected))
     for name in expected:
         tensors.dtype(names[name])  # raises for anything but floats
     model.to(kind)  # on the meta device: decides each parameter's type, and keeps the exact ones in float32
@@ -135,13 +142,13 @@ def _download(name: str) -> Path:
     return where
 
 
-def _config_beside(folder: Path, weights: Path) -> Path:
+def _config_beside(folder: Path, weights: Path) -> Path | None:
     """config.json, or params.json, where Mistral's layout has what the other has in its."""
     known = (PARAMS, CONFIG) if weights.match(MISTRAL) else (CONFIG, PARAMS)
     for name in known:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"path: no {CONFIG} in {folder}; a checkpoint needs the one it was published with")
+    return None
 
 
 def _pickle(path: Path) -> ValueError:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a `tokenizer.json` through the `tokenizers` library, or plain bytes."""
+"""Text to token ids and back: a `tokenizer.json` through the `tokenizers` library, or plain bytes. World: world.py."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Ids) -> str:
-        return bytes(t for t in _integers(ids) if 0 <= t < 256).decode("utf-8", errors="replace")
+        return bytes(t for t in integers(ids) if 0 <= t < 256).decode("utf-8", errors="replace")
 
     def decoder(self) -> ByteDecoder:
         return ByteDecoder()
@@ -83,7 +83,7 @@ class JsonTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Ids) -> str:
-        return self._tokenizer.decode(_integers(ids), skip_special_tokens=True)
+        return self._tokenizer.decode(integers(ids), skip_special_tokens=True)
 
     def decoder(self) -> JsonDecoder:
         return JsonDecoder(self)
@@ -118,13 +118,19 @@ class JsonDecoder:
         return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._shown])) :]
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer that lies in a checkpoint's folder, or None."""
-    path = Path(folder) / "tokenizer.json"
-    return JsonTokenizer(path) if path.is_file() else None
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer that lies in a checkpoint's folder, or None; or that of a file, tokenizer.json or a vocabulary."""
+    from pyseq.models.world import VOCABULARY, WorldTokenizer
+
+    path = Path(path)
+    if path.suffix in (".txt", ".json") and not path.is_dir():
+        return (WorldTokenizer if path.suffix == ".txt" else JsonTokenizer)(path)
+    if (path / "tokenizer.json").is_file():
+        return JsonTokenizer(path / "tokenizer.json")
+    return WorldTokenizer(path / VOCABULARY) if (path / VOCABULARY).is_file() else None
 
 
-def _integers(ids: Ids) -> list[int]:
+def integers(ids: Ids) -> list[int]:
     if isinstance(ids, torch.Tensor):
         if ids.dim() != 1:
             raise ValueError(f"ids must be [T], got {list(ids.shape)}")

@@ -38,6 +38,18 @@ def tiny2(tiny):
 
 
 @pytest.fixture
+def tiny7():
+    """`tiny` of RWKV-7 layers: 4 heads of 8 channels."""
+
+    def make(dtype=None, **options):
+        config = {"d_model": 32, "n_layer": 2, "vocab_size": 61, "layer": "RWKV7", "tie_embeddings": False, **options}
+        config["layer_args"] = {"head_size": 8, **options.pop("layer_args", {})}
+        return shake(CausalLM, Config(**config), dtype=dtype)
+
+    return make
+
+
+@pytest.fixture
 def padded(tiny2):
     """61 tokens in 64 rows, as the original checkpoints pad."""
     return lambda **options: tiny2(pad_vocab_size_multiple=16, **options)

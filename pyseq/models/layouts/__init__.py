@@ -12,9 +12,10 @@ from typing import Any
 
 from pyseq.models.config import Config
 from pyseq.models.files import Tensors
-from pyseq.models.layouts import mamba, mamba2
+from pyseq.models.layouts import mamba, mamba2, rwkv7
 from pyseq.models.layouts.others import refuse_hybrid, refuse_original, refuse_tensors
 from pyseq.models.layouts.sizes import EMBEDDING, HEAD, Sizes, agree
+from pyseq.models.layouts.translated import Translated
 
 Reader = Callable[[dict[str, Any], Tensors, dict[str, str]], Config]
 
@@ -26,8 +27,22 @@ OF_TRANSFORMERS: dict[str, Reader] = {
 WRITERS = {"Mamba": mamba.to_transformers, "Mamba2": mamba2.to_transformers}
 
 
-def our_names(tensors: Tensors) -> dict[str, str]:
-    """Name in `CausalLM` -> name in the file. Codestral prefixes `model.`; the original code says `embedding`."""
+# A matrix of a layer that has the type of the model: one per layer that `CausalLM` is made of.
+TYPED = ("backbone.layers.0.mixer.in_proj.weight", "backbone.layers.0.att.receptance.weight")
+
+
+def under_our_names(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
+    """The tensors, and name in `CausalLM` -> name among them. RWKV-7's differ from ours in shape too."""
+    return rwkv7.translate(tensors) or (tensors, _our_names(tensors))
+
+
+def needs_config(tensors: Tensors) -> bool:
+    """Whether the tensors alone do not say what the model is. RWKV-7's do."""
+    return rwkv7.translate(tensors) is None
+
+
+def _our_names(tensors: Tensors) -> dict[str, str]:
+    """Codestral prefixes `model.`; the original code says `embedding`."""
     names: dict[str, str] = {}
     for name in tensors.names():
         ours = name.removeprefix("model.").replace("backbone.embedding.", "backbone.embeddings.")
@@ -45,6 +60,8 @@ def read_config(raw: dict[str, Any], tensors: Tensors, names: dict[str, str]) ->
         config = Config.from_dict(raw["pyseq"])
         agree(config, Sizes(tensors, names))
         return config
+    if isinstance(tensors, Translated):
+        return rwkv7.from_checkpoint(raw, tensors, names)
     read = _reader(raw)
     refuse_tensors(names)
     return read(raw, tensors, names)
@@ -58,7 +75,7 @@ def _reader(raw: dict[str, Any]) -> Reader:
         return {"Mamba1": mamba.from_original, "Mamba2": mamba2.from_original}[refuse_original(raw)]
     refuse_hybrid(kind)
     if not isinstance(kind, str) or kind not in OF_TRANSFORMERS:
-        known = ", ".join(map(repr, OF_TRANSFORMERS))
+        known = ", ".join(map(repr, [*OF_TRANSFORMERS, "rwkv7"]))
         raise ValueError(f"config: model_type is {kind!r}; this version reads {known} checkpoints")
     return OF_TRANSFORMERS[kind]
 
@@ -79,4 +96,4 @@ def transformers_config(config: Config) -> dict[str, Any]:
     return {**fields, **common} if fields else {}
 
 
-__all__ = ["EMBEDDING", "HEAD", "our_names", "read_config", "transformers_config"]
+__all__ = ["EMBEDDING", "HEAD", "TYPED", "needs_config", "read_config", "transformers_config", "under_our_names"]

@@ -11,11 +11,32 @@ from pyseq.models.layouts.sizes import LAYER
 HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2")
 ATTENTION = re.compile(r"\.(Wqkv|q_proj|k_proj|v_proj|self_attn|self_attention|attention|mha)\.")
 MLP = re.compile(r"backbone\.layers\.\d+\.(mlp|norm2)\.")
+# What a tensor's name says of another RWKV, the later first: each keeps names of those before it.
+RWKVS = (
+    ("RWKV-7 with DeepEmbed (v7a, v7b)", re.compile(r"\.ffn\.(s_emb|s_emb_x|s[012])(\.|$)")),
+    ("RWKV-6", re.compile(r"\.(att|attn|attention)\.(time_maa_|x_proj\.)|\.time_(maa|decay)_w[12]$")),
+    ("RWKV-5", re.compile(r"\.(att|attention)\.time_faaaa$")),
+    ("RWKV-4", re.compile(r"\.(att|attention)\.time_first$")),
+)
+RWKV_TYPES = {"rwkv": "RWKV-4", "rwkv5": "RWKV-5", "rwkv6": "RWKV-6"}
 
 
 def refuse_hybrid(kind: Any) -> None:
     if kind in HYBRIDS:
         raise ValueError(f"config: model_type is {kind!r}, a hybrid with attention layers: this version reads none")
+    if isinstance(kind, str) and kind in RWKV_TYPES:
+        what = RWKV_TYPES[kind]
+        raise ValueError(f"config: model_type is {kind!r}, {what}: of RWKV this version reads 7 alone, x070")
+    if kind == "rwkv7":
+        raise ValueError("config: model_type is 'rwkv7', but the tensors are not those of RWKV-7")
+
+
+def refuse_rwkv(files: list[str]) -> None:
+    """Raises if the tensors are those of an RWKV before 7, or of a variant of it."""
+    for what, pattern in RWKVS:
+        for name in files:
+            if pattern.search(name):
+                raise ValueError(f"checkpoint: {name!r} belongs to {what}: of RWKV this version reads 7 alone, x070")
 
 
 def refuse_original(raw: dict[str, Any]) -> str:

@@ -12,22 +12,21 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// W keys of a chunk.
+// W keys of a chunk: rows of the chunk, `width` apart, and their gradients.
 struct Keys {
-  vf decay[kTokens], q[kTokens], k[kTokens], a[kTokens], b[kTokens];
+  int64_t width;
+  const float *decays, *qs, *ks, *as, *bs;
   vf dq[kTokens], dk[kTokens], da[kTokens], db[kTokens], dg[kTokens];
-};
 
-template <bool corrected> void load_keys(const Sizes& z, const Chunk& c, int64_t d, Keys& x) {
-  for (int64_t t = 0; t < kTokens; ++t) {
-    const int64_t at = t * z.key_width + d;
-    x.decay[t] = load(c.decay + at);
-    x.q[t] = load(c.q + at);
-    x.k[t] = load(c.k + at);
-    if constexpr (corrected) x.a[t] = load(c.a + at);
-    if constexpr (corrected) x.b[t] = load(c.b + at);
-  }
-}
+  Keys(const Sizes& z, const Chunk& c, int64_t d)
+      : width(z.key_width), decays(c.decay + d), qs(c.q + d), ks(c.k + d), as(z.corrected ? c.a + d : nullptr),
+        bs(z.corrected ? c.b + d : nullptr) {}
+  vf decay(int64_t t) const { return load(decays + t * width); }
+  vf q(int64_t t) const { return load(qs + t * width); }
+  vf k(int64_t t) const { return load(ks + t * width); }
+  vf a(int64_t t) const { return load(as + t * width); }
+  vf b(int64_t t) const { return load(bs + t * width); }
+};
 
 // Through the state before the chunk, and through that behind it.
 template <bool corrected> void add_states(const Sizes& z, const Gradients& w, int64_t d, Keys& x) {
@@ -36,25 +35,25 @@ template <bool corrected> void add_states(const Sizes& z, const Gradients& w, in
   vf L = splat(1.f), R = L;
   for (int64_t i = 0; i < kTokens; ++i) {
     if constexpr (corrected) x.da[i] = L * load(s + second + i * z.key_width);
-    L *= x.decay[i];
+    L *= x.decay(i);
     x.dq[i] = L * load(s + i * z.key_width);
   }
   for (int64_t j = kTokens - 1; j >= 0; --j) {
     x.dk[j] = R * load(g + j * z.key_width);
     if constexpr (corrected) x.db[j] = R * load(g + second + j * z.key_width);
-    R *= x.decay[j];
+    R *= x.decay(j);
   }
   vf sum = L * load(w.dots + d);   // from state to state
   for (int64_t i = kTokens - 1; i >= 0; --i) {
-    sum = fma(x.q[i], x.dq[i], sum);
+    sum = fma(x.q(i), x.dq[i], sum);
     x.dg[i] = sum;
-    if constexpr (corrected) sum = fma(x.a[i], x.da[i], sum);
+    if constexpr (corrected) sum = fma(x.a(i), x.da[i], sum);
   }
   sum = vf{};
   for (int64_t j = 0; j < kTokens; ++j) {
     x.dg[j] += sum;
-    sum = fma(x.k[j], x.dk[j], sum);
-    if constexpr (corrected) sum = fma(x.b[j], x.db[j], sum);
+    sum = fma(x.k(j), x.dk[j], sum);
+    if constexpr (corrected) sum = fma(x.b(j), x.db[j], sum);
   }
 }
 
@@ -62,11 +61,11 @@ template <bool corrected> void add_states(const Sizes& z, const Gradients& w, in
 template <bool corrected> void add_own(const Gradients& w, Keys& x) {
   for (int64_t t = 0; t < kTokens; ++t) {
     const float* const score = w.scores_y + t * w.across + t;
-    x.dq[t] = fma(x.k[t], score[0], x.dq[t]);
-    x.dk[t] = fma(x.q[t], score[0], x.dk[t]);
+    x.dq[t] = fma(x.k(t), score[0], x.dq[t]);
+    x.dk[t] = fma(x.q(t), score[0], x.dk[t]);
     if constexpr (!corrected) continue;
-    x.dq[t] = fma(x.b[t], score[kTokens], x.dq[t]);
-    x.db[t] = fma(x.q[t], score[kTokens], x.db[t]);
+    x.dq[t] = fma(x.b(t), score[kTokens], x.dq[t]);
+    x.db[t] = fma(x.q(t), score[kTokens], x.db[t]);
   }
 }
 
@@ -81,12 +80,12 @@ template <bool corrected, int n> [[gnu::noinline]] void add_pairs(const Gradient
   after[n - 1] = before[0] = splat(1.f);
 #pragma GCC unroll 8
   for (int j = n - 1; j >= 0; --j) {
-    if (j < n - 1) after[j] = after[j + 1] * x.decay[writers + j + 1];
-    k[j] = x.k[writers + j] * after[j];
-    if constexpr (corrected) b[j] = x.b[writers + j] * after[j];
+    if (j < n - 1) after[j] = after[j + 1] * x.decay(writers + j + 1);
+    k[j] = x.k(writers + j) * after[j];
+    if constexpr (corrected) b[j] = x.b(writers + j) * after[j];
   }
   for (int i = 0; i < n; ++i) {
-    before[i + 1] = before[i] * x.decay[m + i];
+    before[i + 1] = before[i] * x.decay(m + i);
     vf dq{}, da{};
 #pragma GCC unroll 8
     for (int j = 0; j < n; ++j) {
@@ -98,11 +97,11 @@ template <bool corrected, int n> [[gnu::noinline]] void add_pairs(const Gradient
     }
     dq *= before[i + 1];
     x.dq[m + i] += dq;
-    to_q[i] = x.q[m + i] * dq;
+    to_q[i] = x.q(m + i) * dq;
     if constexpr (!corrected) continue;
     da *= before[i];
     x.da[m + i] += da;
-    to_a[i] = x.a[m + i] * da;
+    to_a[i] = x.a(m + i) * da;
   }
   vf sum{};
   for (int i = n - 1; i >= 0; --i) {
@@ -112,8 +111,8 @@ template <bool corrected, int n> [[gnu::noinline]] void add_pairs(const Gradient
   }
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) {
-    q[i] = x.q[m + i] * before[i + 1];
-    if constexpr (corrected) a[i] = x.a[m + i] * before[i];
+    q[i] = x.q(m + i) * before[i + 1];
+    if constexpr (corrected) a[i] = x.a(m + i) * before[i];
   }
   sum = vf{};
   for (int j = 0; j < n; ++j) {
@@ -131,24 +130,31 @@ template <bool corrected, int n> [[gnu::noinline]] void add_pairs(const Gradient
     x.dg[t] += sum;
     dk *= to_m;
     x.dk[t] += dk;
-    sum = fma(x.k[t], dk, sum);
+    sum = fma(x.k(t), dk, sum);
     if constexpr (!corrected) continue;
     db *= to_m;
     x.db[t] += db;
-    sum = fma(x.b[t], db, sum);
+    sum = fma(x.b(t), db, sum);
   }
 }
 
-inline void write_keys(const View& to, const Place& here, int64_t d, int64_t columns, const vf (&rows)[kTokens]) {
-  for (int64_t t = 0; t < here.tokens; ++t) store(to, here.at(to, t) + d, rows[t], columns);
+template <class T> void write_keys(T* to, int64_t stride, int64_t tokens, int64_t columns, const vf (&rows)[kTokens]) {
+  for (int64_t t = 0; t < tokens; ++t) store(to + t * stride, rows[t], columns);
+}
+inline void write_keys(const View& x, const Place& here, int64_t d, int64_t columns, const vf (&rows)[kTokens]) {
+  void* const to = x.at(here.at(x) + d);
+  switch (x.type) {
+    case DType::bf16: return write_keys(static_cast<bf16*>(to), x.stride[1], here.tokens, columns, rows);
+    case DType::f16: return write_keys(static_cast<f16*>(to), x.stride[1], here.tokens, columns, rows);
+    default: return write_keys(static_cast<float*>(to), x.stride[1], here.tokens, columns, rows);
+  }
 }
 
 template <bool corrected>
 void gradient_of_keys(const DeltaRule& s, const Sizes& z, const Place& here, const Chunk& c, const Gradients& w) {
-  Keys x;
   vf sums[kTokens] = {};   // of dg over the keys, where they share a decay
   for (int64_t d = 0; d < z.keys; d += W) {
-    load_keys<corrected>(z, c, d, x);
+    Keys x(z, c, d);
     add_states<corrected>(z, w, d, x);
     add_own<corrected>(w, x);
     add_pairs<corrected, 8>(w, 8, x);

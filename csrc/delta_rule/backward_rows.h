@@ -107,20 +107,23 @@ inline void read_rows(float* to, const View& x, const Place& here, int64_t colum
   std::fill_n(to + tokens * width, (kTokens - tokens) * width, 0.f);
 }
 
-inline vf log_decay(const DeltaRule& s, const Place& here, int64_t t, int64_t d) {   // NaN where it is not <= 0
-  if (!s.g || t >= here.tokens) return vf{};
-  const vf g = s.one_decay ? splat(load(s.g, here.one_at(s.g, t), 1)[0]) : load(s.g, here.at(s.g, t) + d, s.keys - d);
-  return select(g <= 0.f, g, splat(NAN));
+// g, or one number per head on every key; 0 without
+inline void read_gates(const DeltaRule& s, const Sizes& z, const Place& here, float* g) {
+  if (!s.one_decay) return read_rows(g, s.g, here, z.keys);
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const float one = t < here.tokens ? load(s.g, here.one_at(s.g, t), 1)[0] : 0.f;
+    std::fill_n(g + t * z.key_width, z.key_width, one);
+  }
 }
 
-// The decays, and the rows decayed from the state before the chunk and to the state after it: running products, nothing
-// is divided.
-inline void decay_rows(const DeltaRule& s, const Sizes& z, const Place& here, const Chunk& c) {
+// The decays in place of g, NaN where it is not <= 0, and the rows decayed from the state before the chunk and to that
+// after it: running products, nothing is divided.
+inline void decay_rows(const Sizes& z, const Chunk& c) {
   for (int64_t d = 0; d < z.key_width; d += W) {
     vf gl{}, L = splat(1.f), R = L;
     for (int64_t i = 0; i < kTokens; ++i) {
       const int64_t at = i * z.key_width + d;
-      const vf g = log_decay(s, here, i, d), decay = exp(g);
+      const vf given = load(c.decay + at), g = select(given <= 0.f, given, splat(NAN)), decay = exp(g);
       gl += g;
       store(c.decay + at, decay);
       if (z.corrected) store(c.a_in + at, load(c.a + at) * L);
@@ -147,7 +150,8 @@ inline void read_chunk(const DeltaRule& s, const Sizes& z, const Place& here, co
   if (z.corrected) read_rows(c.a, s.a, here, z.keys);
   if (z.corrected) read_rows(c.b, s.b, here, z.keys);
   read_rows(c.v, s.v, here, z.values);
-  decay_rows(s, z, here, c);
+  read_gates(s, z, here, c.decay);
+  decay_rows(z, c);
 }
 
 }  // namespace

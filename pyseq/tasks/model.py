@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyseq.layers.rwkv7 import RWKV7
-from pyseq.models.causal_lm import RMSNorm
+from pyseq.models.backbone import RMSNorm
 
 from .problems import Task
 from .settings import Settings

@@ -29,6 +29,13 @@ def generate(
         float | None, typer.Option(help="Only the likeliest that together reach p.", rich_help_panel=SAMPLING)
     ] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repeats.", rich_help_panel=SAMPLING)] = 1.0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="A tokenizer.json, or RWKV's vocabulary (.txt).",
+            show_default="what lies beside the weights; bytes for 256 tokens",
+        ),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the writing.", rich_help_panel=SAMPLING)
     ] = None,
@@ -48,12 +55,14 @@ def generate(
 
     from pyseq._cuda import usable_device
     from pyseq.models import from_pretrained
+    from pyseq.models.text import load_tokenizer
 
     kinds = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise typer.BadParameter(f"{dtype!r}: expected float32 or bfloat16", param_hint="--dtype")
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = from_pretrained(checkpoint_in(model), device=usable_device(device), dtype=kinds[dtype]).pack()
+    loaded.tokenizer = (load_tokenizer(tokenizer) if tokenizer else None) or loaded.tokenizer
     options = {
         "temperature": temperature,
         "top_k": top_k,
@@ -78,9 +87,12 @@ def write(model: CausalLM, prompt: str, max_new_tokens: int, *, show: bool, **op
     """
     import torch
 
-    from pyseq.models.text import ByteTokenizer
-
-    tokenizer = model.tokenizer or ByteTokenizer()
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"a model of {model.config.vocab_size} tokens without a tokenizer: name one, --tokenizer FILE, or put "
+            "tokenizer.json or rwkv_vocab_v20230424.txt beside the weights (the PyPI package rwkv brings the latter)"
+        )
     config = model.config
     start = [token for token in (config.bos_token_id, config.eos_token_id) if isinstance(token, int)]
     ids = tokenizer.encode(prompt) or start[:1]

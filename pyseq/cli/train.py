@@ -26,7 +26,10 @@ def train(
         typer.Argument(metavar="PATH", help="Text files, and folders of them.", rich_help_panel=TEXT),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer.json. Without one, a token is a byte.", rich_help_panel=TEXT)
+        str | None,
+        typer.Option(
+            help="A tokenizer.json, or RWKV's vocabulary (.txt). Without one, a token is a byte.", rich_help_panel=TEXT
+        ),
     ] = None,
     held_out: Annotated[
         int | None,
@@ -59,7 +62,7 @@ def train(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="mamba or mamba2; for a task also gated_delta_net, kimi_delta_attention, rwkv7.",
+            help="mamba, mamba2 or rwkv7; for a task also gated_delta_net, kimi_delta_attention.",
             show_default="mamba, for a task gated_delta_net",
             rich_help_panel=MODEL,
         ),
@@ -73,7 +76,9 @@ def train(
     headdim: Annotated[
         int | None,
         typer.Option(
-            help="Channels per head of mamba2; divides twice the width.", show_default="64", rich_help_panel=MODEL
+            help="Channels per head; divides twice the width of mamba2, the width of rwkv7.",
+            show_default="64",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     start_from: Annotated[
@@ -150,7 +155,7 @@ def train(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RUN)] = False,
 ) -> None:
-    """Train a Mamba or Mamba-2 language model on text, or with --task a model that tracks a state.
+    """Train a Mamba, Mamba-2 or RWKV-7 language model on text, or with --task a model that tracks a state.
 
     PATHs are text files and folders of them; without any it reads the sources of Python's standard library. Whole files
     are held out, so the held-out figure is of text the model has never seen.
@@ -161,6 +166,7 @@ def train(
     - `pyseq train notes.txt --steps 500`
     - `pyseq train ~/books --preset small --out runs/books`
     - `pyseq train ~/books --preset small --layer mamba2 --out runs/books2`
+    - `pyseq train ~/books --preset small --layer rwkv7 --out runs/books7`
     - `pyseq train --resume runs/books`
     - `pyseq train --task parity --steps 1000 --no-negative`
     """

@@ -10,6 +10,8 @@ from typing import Any
 from pyseq import _C
 from pyseq.models.config import LAYERS
 
+HEADS = {"Mamba2": "headdim", "RWKV7": "head_size"}  # what the layers with heads call the size of one
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,14 +23,14 @@ class Settings:
     """
 
     data: tuple[str, ...] = ()  # files and folders; empty: the standard library of this Python
-    tokenizer: str | None = None  # a tokenizer.json; None: bytes
+    tokenizer: str | None = None  # a tokenizer.json or RWKV's vocabulary; None: bytes
     held_out: int | None = None  # bytes; None: a twentieth of the text, at most 256 KiB
     start_from: str | None = None  # a checkpoint whose weights and geometry to start from; None: fresh weights
-    layer: str | None = None  # "Mamba" or "Mamba2"; None: the layer of the checkpoint to start from, else Mamba
+    layer: str | None = None  # "Mamba", "Mamba2", "RWKV7"; None: that of the checkpoint to start from, else Mamba
     d_model: int = 256
     layers: int = 4
     d_state: int | None = None  # None: the layer's own, 16 for Mamba and 128 for Mamba2
-    headdim: int | None = None  # of Mamba2; None: its own, 64
+    headdim: int | None = None  # of Mamba2 and RWKV7; None: their own, 64
     batch: int = 8
     length: int = 512
     accumulate: int = 1
@@ -66,8 +68,11 @@ class Settings:
             raise ValueError(f"layer = {self.layer!r}: expected one of {', '.join(LAYERS)}")
         for name in ("d_state", "headdim"):
             _require(name, value := getattr(self, name), value is None or value >= 1, "at least 1")
-        if self.headdim is not None and self.layer != "Mamba2" and (self.layer or not self.start_from):
-            raise ValueError(f"headdim = {self.headdim}: {self.layer or 'Mamba'} has no heads; Mamba2 has")
+        known = self.layer or not self.start_from  # else the checkpoint says which layer it is
+        if self.headdim is not None and self.layer not in HEADS and known:
+            raise ValueError(f"headdim = {self.headdim}: {self.layer or 'Mamba'} has no heads; Mamba2 and RWKV7 have")
+        if self.d_state is not None and self.layer == "RWKV7":
+            raise ValueError(f"d_state = {self.d_state}: the state of RWKV7 has the size of its heads, headdim")
         if self.held_out is not None:
             _require("held_out", self.held_out, self.held_out >= 1, "at least 1 byte")
         if (self.steps is None) == (self.time_limit is None):
@@ -79,7 +84,7 @@ class Settings:
 
     @property
     def layer_args(self) -> dict[str, int]:
-        given = {"d_state": self.d_state, "headdim": self.headdim}
+        given = {"d_state": self.d_state, HEADS.get(self.layer or "", "headdim"): self.headdim}
         return {name: value for name, value in given.items() if value is not None}
 
     @property

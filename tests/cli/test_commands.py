@@ -22,6 +22,7 @@ from pyseq.models import CausalLM, Config, from_pretrained
 from pyseq.train import PRESETS
 
 TINY = ["--d-model", "8", "--layers", "1", "--d-state", "4", "--batch", "2", "--length", "16", "--held-out", "200"]
+TINY7 = [*TINY[:4], *TINY[6:]]  # the size of RWKV-7's state is that of its heads
 
 
 def call(*arguments: object, code: int = 0, text: str | None = None) -> Result:
@@ -63,6 +64,8 @@ def test_train_prints_results_and_resumes(run: Path) -> None:
         (["--preset", "huge"], 2, "expected one of demo, small, medium"),
         (["--layer", "lstm"], 2, "expected mamba or mamba2"),
         (["--headdim", 4, "--steps", 3], 1, "Mamba has no heads"),
+        (["--layer", "rwkv7", "--d-state", 4, "--steps", 3], 1, "the size of its heads, headdim"),
+        (["--layer", "rwkv7", "--d-model", 40, "--steps", 3], 1, "head_size must divide d_model = 40, got 64"),
         (["--layer", "mamba2", "--d-model", 40, "--steps", 3], 1, "headdim must divide d_ssm = 80, got 64"),
         (["--time-limit", "soon"], 2, "expected a time"),
         (["--resume", "nowhere"], 1, "holds no checkpoint"),
@@ -83,6 +86,30 @@ def test_mamba2_from_text_to_text(run: Path, tmp_path: Path) -> None:
     assert json.loads(call("generate", out, "-n", 5, "--seed", 1, "--json").stdout)["tokens"] <= 5
     call("convert", out / "latest", tmp_path / "copy")
     assert from_pretrained(tmp_path / "copy").config.layer == "Mamba2"
+
+
+def test_rwkv7_from_text_to_text(run: Path, tmp_path: Path) -> None:
+    text, out = run.parent / "text.txt", tmp_path / "run"
+    call("train", text, "--layer", "rwkv7", "--headdim", 4, "--steps", 6, "--out", out, *TINY7)
+    model = from_pretrained(out / "latest")
+    assert model.config.layer == "RWKV7" and not model.config.tie_embeddings
+    assert model.config.layer_args == {"head_size": 4}
+    assert json.loads(call("train", "--resume", out, "--json").stdout)["complete"]
+    assert json.loads(call("generate", out, "-n", 5, "--seed", 1, "--json").stdout)["tokens"] <= 5
+    call("train", text, "--start-from", out / "latest", "--steps", 3, "--out", tmp_path / "more", "--headdim", 4)
+    call("convert", out / "latest", tmp_path / "copy")
+    assert from_pretrained(tmp_path / "copy").config == model.config
+
+
+def test_a_model_without_a_tokenizer_asks_for_one(tmp_path: Path) -> None:
+    CausalLM(Config(8, 1, 4, "RWKV7", {"head_size": 4}, eos_token_id=0)).save_pretrained(tmp_path)
+    message = call("generate", tmp_path, "-p", "ab", code=1).stderr
+    assert "--tokenizer FILE" in " ".join(message.split())
+    (tmp_path / "v.txt").write_text("1 'a' 1\n2 'b' 1\n3 'ab' 2\n")
+    report = json.loads(
+        call("generate", tmp_path, "-p", "ab", "-n", 3, "--tokenizer", tmp_path / "v.txt", "--json").stdout
+    )
+    assert set(report["text"]) <= {"a", "b"}
 
 
 def test_train_does_not_overwrite_a_run(run: Path) -> None:

@@ -80,5 +80,10 @@ class LayerNorm(Exact):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps)
 
+    def stepper(self) -> Callable[[Tensor], Tensor]:
+        """forward for a loop in inference mode, x being of the weight's type."""
+        weight, bias, shape, eps = self.weight, self.bias, self.weight.shape, self.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

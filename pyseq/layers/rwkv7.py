@@ -136,13 +136,17 @@ class RWKV7(torch.nn.Module):
         return (y, state, v_first) if return_v_first else (y, state)
 
     def stepper(self, state: RWKV7State) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-        """x, v_first [B, d_model] -> (y, v_first) for a loop in inference mode: `step` without its checks."""
-        att, ffn, ln1, ln2 = self.att, self.ffn, self.ln1, self.ln2
+        """x, v_first [B, d_model] -> (y, v_first) for a loop in inference mode: `step` without its checks.
+
+        x has the type of the norms: float32, or float64 in a float64 layer.
+        """
+        att, ffn = self.att.stepper(state.time, state.wkv), self.ffn.stepper(state.channel)
+        ln1, ln2 = self.ln1.stepper(), self.ln2.stepper()
 
         def step(x: Tensor, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
-            out, v_first = att.step(ln1(x), state.time, state.wkv, v_first)
+            out, v_first = att(ln1(x), v_first)
             x = x + out
-            return x + ffn.step(ln2(x), state.channel), v_first
+            return x + ffn(ln2(x)), v_first
 
         return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,17 @@ class RWKV7ChannelMix(Exact):
         y = self.mixed(x.to(self.mix.dtype), shift)
         shift.copy_(x)
         return y
+
+    def stepper(self, shift: Tensor) -> Callable[[Tensor], Tensor]:
+        """`step` for a loop in inference mode, x being float32 or float64."""
+        key, value, mix, kind = self.key.stepper(), self.value.stepper(), self.mix, self.key.kind
+
+        def step(x: Tensor) -> Tensor:
+            mixed = torch.addcmul(x, shift - x, mix).to(kind)
+            shift.copy_(x)
+            return value(torch.relu(key(mixed)).square())
+
+        return step
 
     def mixed(self, x: Tensor, before: Tensor) -> Tensor:
         mixed = torch.addcmul(x, before - x, self.mix).to(self.key.kind)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from pyseq._library import REGISTRY
 from pyseq.layers.exact import Exact, exact_dtype
 from pyseq.layers.linear import Linear
 from pyseq.layers.norm import LayerNorm
@@ -17,6 +20,7 @@ from pyseq.ops.delta_rule import rwkv7, rwkv7_step
 
 Tensor = torch.Tensor
 STRONGEST = -math.exp(-0.5)  # the log decay of a token lies between this and 0
+SHORTEST = 1e-12  # a key below it is not stretched to unit length
 
 
 class Mixed(NamedTuple):
@@ -126,40 +130,66 @@ class RWKV7TimeMix(Exact):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [B, T, D], what came before it [B, D], S [B, H, N, N] -> (out, the last x, S, v_first)."""
         before, shift = token_shift(x.to(self.w0.dtype), shift, cu_seqlens)
-        mixed = self.mixed(x.to(self.w0.dtype), before, v_first)
+        mixed = self._mixed(self, x.to(self.w0.dtype), before, v_first)
         y, S = rwkv7(*mixed[:6], state=S, cu_seqlens=cu_seqlens, return_state=True)
-        return self.merged(y, mixed), shift, S, mixed.v_first
+        return self._merged(self, y, mixed), shift, S, mixed.v_first
 
     def step(self, x: Tensor, shift: Tensor, S: Tensor, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, D], one token -> (out, v_first); `shift` and S are updated in place."""
-        mixed = self.mixed(x.to(self.w0.dtype), shift, v_first)
+        mixed = self._mixed(self, x.to(self.w0.dtype), shift, v_first)
         shift.copy_(x)
-        return self.merged(rwkv7_step(S, *mixed[:6]), mixed), mixed.v_first
+        return self._merged(self, rwkv7_step(S, *mixed[:6]), mixed), mixed.v_first
 
-    def mixed(self, x: Tensor, before: Tensor, v_first: Tensor | None) -> Mixed:
-        """x and before [..., D], float32 or float64."""
-        kind, wide, heads = self.receptance.kind, self.w0.dtype, (self.heads, self.head_size)
-        mix = self.mix.view(6, *[1] * (x.dim() - 1), self.d_model)
+    def stepper(self, shift: Tensor, S: Tensor) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """`step` for a loop in inference mode, without the checks of the ops and the look-ups of a module."""
+        names = ("receptance", "key", "value", "output", *(f"{m}{i}" for m in self.letters for i in (1, 2)))
+        at = SimpleNamespace(**{name: getattr(self, name).stepper() for name in names})
+        vars(at).update({name: self.get_parameter(name) for name in self.exact})
+        at.ln_x, at.kind = self.ln_x, self.receptance.kind
+        kernel = REGISTRY["delta_rule"].active.step
+
+        def recur(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return kernel(S, r, k, v, a, b, w, 1.0)
+
+        advance = partial(rwkv7_step, S) if self.w0.dtype == torch.float64 else recur
+
+        def step(x: Tensor, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
+            mixed = self._mixed(at, x, shift, v_first)
+            shift.copy_(x)
+            return self._merged(at, advance(*mixed[:6]), mixed), mixed.v_first
+
+        return step
+
+    @property
+    def kind(self) -> torch.dtype:
+        """The type of the matrices."""
+        return self.receptance.kind
+
+    def _mixed(self, at: Any, x: Tensor, before: Tensor, v_first: Tensor | None) -> Mixed:
+        """x and before [..., D], float32 or float64; `at` has the parameters: this module, or what a stepper made."""
+        kind, wide, heads = at.kind, x.dtype, (*x.shape[:-1], self.heads, self.head_size)
+        mix = at.mix.view(6, *[1] * (x.dim() - 1), self.d_model)
         x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, before - x, mix).to(kind).unbind(0)
-        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        w = torch.sigmoid(self.w0 + self.w2(torch.tanh(self.w1(x_w).to(wide)).to(kind))) * STRONGEST
-        alpha = torch.sigmoid(self.a0 + self.a2(self.a1(x_a)))
-        gate = self.g2(torch.sigmoid(self.g1(x_g).to(wide)).to(kind))
+        r, k, v = at.receptance(x_r), at.key(x_k), at.value(x_v)
+        w = torch.sigmoid(at.w0 + at.w2(torch.tanh(at.w1(x_w).to(wide)).to(kind))) * STRONGEST
+        alpha = torch.sigmoid(at.a0 + at.a2(at.a1(x_a)))
+        gate = at.g2(torch.sigmoid(at.g1(x_g).to(wide)).to(kind))
         if v_first is None:
             v_first = v
         else:
-            v = (v + (v_first - v) * torch.sigmoid(self.v0 + self.v2(self.v1(x_v)))).to(v.dtype)
-        kappa = F.normalize((k * self.k_k).unflatten(-1, heads), dim=-1)
-        replacement = k + k * (alpha - 1) * self.k_a
-        r, w, k, v = (t.unflatten(-1, heads) for t in (r, w, replacement.to(r.dtype), v))
-        b = kappa * (self.iclr_scale * alpha).unflatten(-1, heads)
-        return Mixed(r, w, k, v, -kappa.to(r.dtype), b.to(r.dtype), gate, v_first)
+            v = torch.addcmul(v, v_first - v, torch.sigmoid(at.v0 + at.v2(at.v1(x_v)))).to(v.dtype)
+        kappa = (k * at.k_k).view(heads)
+        kappa = kappa / torch.linalg.vector_norm(kappa, dim=-1, keepdim=True).clamp_min(SHORTEST)
+        b = kappa * (alpha * -self.iclr_scale).view(heads)  # the minus of -kappa (alpha kappa)^T
+        k = torch.addcmul(k, k, (alpha - 1) * at.k_a).to(r.dtype)
+        return Mixed(
+            r.view(heads), w.view(heads), k.view(heads), v.view(heads), kappa.to(r.dtype), b.to(r.dtype), gate, v_first
+        )
 
-    def merged(self, y: Tensor, mixed: Mixed) -> Tensor:
+    def _merged(self, at: Any, y: Tensor, mixed: Mixed) -> Tensor:
         """out, from y [..., H, N]."""
-        wide = self.w0.dtype
-        o = F.group_norm(
-            y.to(wide).reshape(-1, self.d_model), self.heads, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps
-        ).view(y.shape)
-        o = o + (mixed.r * self.r_k * mixed.k).sum(-1, keepdim=True) * mixed.v
-        return self.output((o.flatten(-2) * mixed.gate).to(self.output.kind))
+        wide, heads, norm = at.w0.dtype, (self.heads, self.head_size), at.ln_x
+        o = torch.layer_norm(y.to(wide), heads[1:], None, None, norm.eps)
+        o = torch.addcmul(norm.bias.view(heads), o, norm.weight.view(heads))
+        o = torch.addcmul(o, (mixed.r * at.r_k * mixed.k).sum(-1, keepdim=True), mixed.v)
+        return at.output((o.view(mixed.gate.shape) * mixed.gate).to(at.kind))

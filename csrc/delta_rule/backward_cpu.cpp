@@ -28,19 +28,19 @@ void read_gradient(const DeltaRule& s, const Sizes& z, const Place& here, float*
   for (int64_t i = 0; i < kTokens * z.value_width; i += W) store(dy + i, s.scale * load(dy + i));
 }
 
-// The rows that chunk i of a span writes, and then what is read of the span before: the rows of its chunk i, and a part
-// of the state before it.
+// What is read of the span before, the rows of its chunk i and a part of the state before it, and then, so that they
+// are still near, the rows that chunk i of this span writes.
 Ahead rows_ahead(const DeltaRule& s, const Place& here, const Place& soon, const float* kept, int64_t i) {
   Ahead ahead;
   const int64_t first = s.keys * i / kChunks, last = s.keys * (i + 1) / kChunks;
   const View state{const_cast<float*>(kept), DType::f32, {0, s.values, 0}};
+  for (const View* x : {&s.dq, &s.dk, &s.da, &s.db}) ahead.add(*x, here, s.keys, true);
+  if (!s.one_decay) ahead.add(s.dg, here, s.keys, true);
+  ahead.add(s.dv, here, s.values, true);
   ahead.add(state, {0, first, last - first, 0}, s.values, false);
   for (const View* x : {&s.q, &s.k, &s.a, &s.b}) ahead.add(*x, soon, s.keys, false);
   if (!s.one_decay) ahead.add(s.g, soon, s.keys, false);
   for (const View* x : {&s.v, &s.dy}) ahead.add(*x, soon, s.values, false);
-  for (const View* x : {&s.dq, &s.dk, &s.da, &s.db}) ahead.add(*x, here, s.keys, true);
-  if (!s.one_decay) ahead.add(s.dg, here, s.keys, true);
-  ahead.add(s.dv, here, s.values, true);
   return ahead;
 }
 
@@ -49,6 +49,7 @@ void walk_chunk(const DeltaRule& s, const Work& w, const Place& here, const Chun
   const Gradients& x = w.gradients;
   read_gradient(s, z, here, x.dy);
   gradient_products(z, c, x, ahead);
+  ahead.fetch(INT64_MAX);   // the rest, where there were few products
   for (int64_t t = 0; t < here.tokens; ++t) {
     for (int64_t e = 0; e < z.values; e += W) {
       store(s.dv, here.at(s.dv, t) + e, load(x.dv + t * z.value_width + e), z.values - e);

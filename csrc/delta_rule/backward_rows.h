@@ -82,7 +82,7 @@ struct Ahead {
     bool write;
   };
   Rows rows[14];
-  int64_t count = 0, fetched = 0;   // fetched: rows of tokens of rows[count - 1]
+  int64_t count = 0, fetched = 0;   // fetched: tokens of rows[count - 1], which are the next
 
   void add(const View& x, const Place& place, int64_t columns, bool write) {
     if (x && place.tokens > 0) rows[count++] = {x, place, columns, write};

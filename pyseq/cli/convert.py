@@ -13,7 +13,7 @@ from .output import Json, clear_failures, print_json, results
 @clear_failures
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint: a folder or a file, pickled (.bin, .pt) or safetensors.")
+        Path, typer.Argument(help="A checkpoint: a folder or a file, pickled (.bin, .pt, .pth) or safetensors.")
     ],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
     json: Json = False,

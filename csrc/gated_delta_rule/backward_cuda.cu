@@ -133,7 +133,7 @@ gated_delta_rule_backward_kernel(GatedDeltaRule s, Layout at, Wide wide, Partial
 #pragma unroll 1
   for (int n = spans - 1; n >= 0; --n) {
     const int begin = span.begin + n * kSpan, end = min(begin + kSpan, span.end);
-    const float* const kept = s.kept + ((span.slot + n) * heads + head) * size;
+    const float* const kept = s.kept + (int64_t(span.slot + n) * heads + head) * size;
     c.load_state(at.H, kept);
     for (int t = begin; t < end; t += kC) c.forward(t, t + kC < end);
 #pragma unroll 1

@@ -15,7 +15,7 @@
 namespace pyseq {
 namespace {
 
-constexpr int kC = 16, kChunkWarps = 8, kChunkThreads = 32 * kChunkWarps;
+constexpr int kChunkWarps = 8, kChunkThreads = 32 * kChunkWarps;
 constexpr int kSmall = 17;   // from row to row of a matrix of 16 by 16
 
 // Where things are in shared memory, in floats.

@@ -61,16 +61,13 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-def _gated_delta_net(s: Settings) -> torch.nn.Module:
-    return pyseq.GatedDeltaNet(
-        s.d_model, expand_v=1, head_dim=s.d_model // s.heads, num_heads=s.heads, allow_neg_eigval=s.negative
-    )
-
-
-def _kimi_delta_attention(s: Settings) -> torch.nn.Module:
-    return pyseq.KimiDeltaAttention(
-        s.d_model, head_dim=s.d_model // s.heads, num_heads=s.heads, allow_neg_eigval=s.negative
-    )
+def _delta(layer: Any, s: Settings) -> torch.nn.Module:
+    """Without short convolutions: they remember too, and make a token's key depend on its neighbours, which makes a
+    reflection per token hard to find."""
+    return layer(
+        s.d_model, expand_v=1, head_dim=s.d_model // s.heads, num_heads=s.heads, allow_neg_eigval=s.negative,
+        use_short_conv=False,
+    )  # fmt: skip
 
 
 def _mamba2(s: Settings) -> torch.nn.Module:
@@ -82,8 +79,8 @@ def _rwkv7(s: Settings) -> torch.nn.Module:
 
 
 LAYERS = {
-    "gated_delta_net": _gated_delta_net,
-    "kimi_delta_attention": _kimi_delta_attention,
+    "gated_delta_net": lambda s: _delta(pyseq.GatedDeltaNet, s),
+    "kimi_delta_attention": lambda s: _delta(pyseq.KimiDeltaAttention, s),
     "mamba": lambda s: pyseq.Mamba(s.d_model),
     "mamba2": _mamba2,
     "rwkv7": _rwkv7,

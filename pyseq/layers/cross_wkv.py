@@ -1,4 +1,4 @@
-"""CrossWKV: tokens of one stream read what the recurrence of RWKV-7 has made of another (Xiao et al., 2025)."""
+"""CrossWKV: tokens of one stream read what the recurrence of RWKV-7 has made of another (Xiao, Li and Lin, 2025)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CrossWKV(Exact):
     k, v, w, alpha and kappa from the context, all by the formulas of `RWKV7TimeMix`, each stream with a token shift of
     its own. There is no bonus, as x has no k, and no value residual. The layer begins at out = 0: add it to x.
 
-    This is our reading of the paper, whose text leaves open which stream makes which of these. It has three modes:
+    This is our reading of the paper's abstract, which leaves open which stream makes which of these. Three modes:
 
     - "context_memory": the context is absorbed, in its order, and then every token of x reads the same S.
     - "write_both": x comes after the context in one sequence. A token of x writes, through projections of its own, and

@@ -1,0 +1,1 @@
+"""Small experiments whose pictures and numbers the documentation shows. Each is a command: `python -m demos.<name>`."""

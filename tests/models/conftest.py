@@ -55,7 +55,7 @@ def padded(tiny2):
     return lambda **options: tiny2(pad_vocab_size_multiple=16, **options)
 
 
-@pytest.fixture(params=["tiny", "tiny2"])
+@pytest.fixture(params=["tiny", "tiny2", "tiny7"])
 def either(request):
     return request.getfixturevalue(request.param)
 

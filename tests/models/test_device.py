@@ -21,12 +21,13 @@ KINDS = {
     "mamba": {},
     "falcon": {"layer_args": {"mixer_rms_eps": 1e-6}},
     "mamba2": {"layer": "Mamba2", "layer_args": {"headdim": 8, "ngroups": 2}},
+    "rwkv7": {"layer": "RWKV7", "layer_args": {"head_size": 8}},
 }
 by_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
 
 def model_of(options, **kind):
-    layer_args = {"d_state": 8, **options.get("layer_args", {})}
+    layer_args = options.get("layer_args", {}) | ({} if options.get("layer") == "RWKV7" else {"d_state": 8})
     config = Config(d_model=32, n_layer=2, vocab_size=61, **{**options, "layer_args": layer_args})
     return CausalLM(config, device=META, **kind)
 
@@ -93,7 +94,9 @@ def test_a_step_of_training(options, monkeypatch):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("make", [pyseq.Mamba, lambda *a, **k: pyseq.Mamba2(*a, headdim=8, **k)])
+@pytest.mark.parametrize("make", [
+    pyseq.Mamba, lambda *a, **k: pyseq.Mamba2(*a, headdim=8, **k), lambda *a, **k: pyseq.RWKV7(*a, head_size=8, **k),
+])  # fmt: skip
 def test_a_layer_takes_its_device_and_keeps_it(make):
     layer = make(16, device=META)
     assert all_meta(list(layer.parameters()), layer.init_state(3), layer(torch.zeros(1, 4, 16, device=META)))

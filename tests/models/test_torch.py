@@ -10,11 +10,13 @@ def gradients(model, logits):
     return torch.autograd.grad(logits.float().square().mean(), list(model.parameters()))
 
 
-def test_compile_in_one_graph(tiny, tiny2):
+def test_compile_in_one_graph(tiny, tiny2, tiny7):
     rare = {"d_ssm": 32, "rmsnorm": False, "D_has_hdim": True, "dt_limit": (0.01, 0.1)}
     for model in (
         tiny(), tiny(layer_args={"mixer_rms_eps": 1e-6}, tie_embeddings=False), tiny2(), tiny2(layer_args=rare),
+        tiny7(),
     ):  # fmt: skip
+        torch._dynamo.reset()   # each model is a compilation of the same code, and there is a limit to them
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         expected, got = model(IDS), compiled(IDS)
         assert torch.equal(got.logits, expected.logits)

@@ -151,7 +151,7 @@ template <bool transposed, int C> void solve_columns(const Chunk& c, float* x, i
   }
 }
 template <bool transposed> void solve(const Chunk& c, float* x, int64_t width) {   // whole vectors
-  for_groups(width, [&]<int C>(int64_t p) { solve_columns<transposed, C>(c, x + p, width); });
+  for_columns<1>(0, width, [&]<int R, int C>(int64_t, int64_t p) { solve_columns<transposed, C>(c, x + p, width); });
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int kColumns = W == 16 ? 4 : 2;   // vectors of columns in registers: a group
+constexpr int64_t kFewHeads = 8;   // of all sequences together: fewer may be fewer than there are threads
 
 struct Unit {
   int64_t sequence, row, begin, end;   // tokens [begin, end) of batch row `row`
@@ -46,16 +46,6 @@ inline int64_t state_at(const DeltaRule& s, const Unit& u, int64_t n) {
 inline float* kept_at(const DeltaRule& s, const Unit& u, int64_t t) {
   if (!s.kept || (t - u.begin) % kDeltaKeep != 0) return nullptr;
   return s.kept + state_at(s, u, delta_slot(s.time, s.cu_seqlens, u.sequence) + (t - u.begin) / kDeltaKeep);
-}
-
-// Calls f.operator()<C>(c) for groups of C vectors from column c.
-template <class F> inline void for_groups(int64_t columns, const F& f) {
-  int64_t c = 0;
-  for (; c + kColumns * W <= columns; c += kColumns * W) f.template operator()<kColumns>(c);
-  if constexpr (kColumns == 4) {
-    if (c + 2 * W <= columns) f.template operator()<2>(c), c += 2 * W;
-  }
-  if (c < columns) f.template operator()<1>(c);
 }
 
 }  // namespace

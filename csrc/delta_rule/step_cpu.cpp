@@ -3,8 +3,8 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-constexpr int kColumns = W == 16 ? 4 : 2;   // vectors of columns in registers
-constexpr int64_t kWidest = 256;            // K
+constexpr int kColumns = 2;        // vectors of columns in registers
+constexpr int64_t kWidest = 256;   // K
 
 struct Rows {
   alignas(64) float q[kWidest], k[kWidest], a[kWidest], b[kWidest], decay[kWidest];
@@ -47,7 +47,7 @@ void advance(const DeltaRuleStep& s, const Rows& rows, T* S, int64_t v_at, int64
     vf row[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) row[c] = load(S + k * stride + c * W, lanes());
-    take_row<corrected, decayed>(row, y, p, v, x, k);
+    take_row<corrected, decayed ? Decay::any : Decay::none>(row, y, p, v, x, k);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(S + k * stride + c * W, row[c], lanes());
   }

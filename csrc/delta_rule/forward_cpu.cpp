@@ -4,11 +4,11 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// Which form. A token by itself costs two products with the state, one more for a decay and two for a correction; one in
-// a chunk costs two, or four with a correction, and work inside the chunk, which counts the less the larger the state.
-// With AVX-512 that breaks even with a decay at 64 x 64, with a decay and a correction at 128 x 128, and without a decay
-// not below 256 x 256. A few heads, or sequences of a few chunks, leave chunks nothing to gain: the sequential form
-// also divides the columns of a state among threads.
+// Which form. A token by itself costs two products with the state, one more for a decay and two for a correction; one
+// in a chunk costs two, or four with a correction, and work inside the chunk, which counts the less the larger the
+// state. With AVX-512 that breaks even with a decay at 64 x 64, with a decay and a correction at 128 x 128, and without
+// a decay not below 256 x 256. A few heads, or sequences of a few chunks, leave chunks nothing to gain: the sequential
+// form also divides the columns of a state among threads.
 bool in_chunks(const DeltaRule& s) {
   if (s.form != DeltaForm::by_shape) return s.form == DeltaForm::chunks;
   const bool large = s.keys * s.values >= (s.a ? 128 * 256 : 64 * 128);

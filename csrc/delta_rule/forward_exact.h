@@ -1,6 +1,6 @@
 // The forward token by token, in the arithmetic of the step. The columns of a unit go in groups whose state stays in
-// the first-level cache while a block of tokens passes. A token reads and writes it once: with a row of it in registers,
-// the p of the next token gets its term too. Without a correction several tokens pass at once.
+// the first-level cache while a block of tokens passes. A token reads and writes it once: with a row of it in
+// registers, the p of the next token gets its term too. Without a correction several tokens pass at once.
 #pragma once
 #include "delta_rule/sequence.h"
 #include "delta_rule/update.h"

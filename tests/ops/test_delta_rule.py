@@ -99,11 +99,11 @@ def test_every_length(time, correct, form):
         check(drawn(time, 20, 36, gate=gate, correct=correct, batch=2), form)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
+@on_backends
 @in_both_forms
 @pytest.mark.parametrize(("time", "keys", "values"), [(17, 5, 8), (16, 64, 60), (1, 100, 1), (33, 20, 36)])
 @pytest.mark.parametrize("correct", [True, False], ids=["corrected", "plain"])
-def test_shapes_on_other_backends(time, keys, values, correct, form, backend):
+def test_shapes_on_every_backend(time, keys, values, correct, form, backend):
     for gate in GATES:
         check(drawn(time, keys, values, gate=gate, correct=correct, heads=1), form, backend)
 

@@ -94,9 +94,7 @@ template <Gate gate> void forward_in_chunks(const GatedDeltaRule& s, int64_t uni
   const int64_t head = unit % s.value_heads, shared = head / (s.value_heads / s.heads);
   load_state(S, state_of(s, s.state, q.number, head), s.keys, s.values);
   for (int64_t t = q.begin; t < q.end; t += kTokens) {
-    if (s.kept && (t - q.begin) % kGatedDeltaKeep == 0) {
-      store_state(state_of(s, s.kept, q.slot + (t - q.begin) / kGatedDeltaKeep, head), S, s.keys, s.values);
-    }
+    keep(s, q, t, head, S);
     c.begin = t, c.tokens = std::min<int64_t>(kTokens, q.end - t);
     load_chunk<gate>(s, q, c, head);
     prefetch<0>(s.k, q, t + kTokens, shared, s.keys);
@@ -111,6 +109,7 @@ template <Gate gate> void forward_in_chunks(const GatedDeltaRule& s, int64_t uni
       carry<gate>(c, panel, work, panel);
     }
   }
+  keep(s, q, q.end, head, S);
   if (s.state_out) store_state(state_of(s, s.state_out, q.number, head), S, s.keys, s.values);
 }
 

@@ -57,10 +57,8 @@ template <Gate gate> void forward_sequentially(const GatedDeltaRule& s, int64_t 
   const int64_t head = unit % s.value_heads, shared = head / (s.value_heads / s.heads);
   load_state(b.S, state_of(s, s.state, q.number, head), s.keys, s.values);
   for (int64_t t = q.begin; t < q.end; t += kBlock) {
-    const int64_t tokens = std::min(kBlock, q.end - t), kept = (t - q.begin) / kGatedDeltaKeep;
-    if (s.kept && (t - q.begin) % kGatedDeltaKeep == 0) {
-      store_state(state_of(s, s.kept, q.slot + kept, head), b.S, s.keys, s.values);
-    }
+    const int64_t tokens = std::min(kBlock, q.end - t);
+    keep(s, q, t, head, b.S);
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t g = gate == Gate::one ? number_at(s.g, q, t + i, head) : row_at(s.g, q, t + i, head);
       prepare<gate>(b.token(i), s.k, row_at(s.k, q, t + i, shared), s.q, row_at(s.q, q, t + i, shared), s.g, g, s.keys);
@@ -68,6 +66,7 @@ template <Gate gate> void forward_sequentially(const GatedDeltaRule& s, int64_t 
     }
     for (int64_t p = 0; p < panels(s.values); ++p) scan<gate>(s, q, b, head, t, tokens, p);
   }
+  keep(s, q, q.end, head, b.S);
   if (s.state_out) store_state(state_of(s, s.state_out, q.number, head), b.S, s.keys, s.values);
 }
 

@@ -29,12 +29,15 @@ struct Scratch {
 };
 
 struct Sequence {
-  int64_t number, row, begin, end, slot;   // row of the batch, tokens [begin, end), slot of its first kept state
+  int64_t number, row, begin, end;   // row of the batch, tokens [begin, end)
+  int64_t slot, slot_end;            // of its kept states, and of the next sequence's
 };
 
 inline Sequence sequence_at(const GatedDeltaRule& s, int64_t i) {
-  const int64_t slot = gated_delta_slot(s.time, s.cu_seqlens, i);
-  return s.cu_seqlens ? Sequence{i, 0, s.cu_seqlens[i], s.cu_seqlens[i + 1], slot} : Sequence{i, i, 0, s.time, slot};
+  const int64_t slot = gated_delta_slot(s.time, s.cu_seqlens, i), all = gated_delta_slots(s.batch, s.time, s.sequences, s.cu_seqlens);
+  const int64_t slot_end = i + 1 < s.sequences ? gated_delta_slot(s.time, s.cu_seqlens, i + 1) : all;
+  if (!s.cu_seqlens) return {i, i, 0, s.time, slot, slot_end};
+  return {i, 0, s.cu_seqlens[i], s.cu_seqlens[i + 1], slot, slot_end};
 }
 
 // Element of head `head` of token t, of a tensor with rows per head; and of one with numbers per head.
@@ -70,6 +73,17 @@ inline void store_state(float* to, const float* from, int64_t keys, int64_t valu
 // Where the state [K, V] of a head in an array of states [.., HV, K, V] is; null stays null.
 template <class T> inline T* state_of(const GatedDeltaRule& s, T* states, int64_t i, int64_t head) {
   return states ? states + (i * s.value_heads + head) * s.keys * s.values : nullptr;
+}
+
+// Keeps the state before token t where it is due. After the last token: zeros in the slots that no token needs.
+inline void keep(const GatedDeltaRule& s, const Sequence& q, int64_t t, int64_t head, const float* S) {
+  if (!s.kept) return;
+  const int64_t n = t - q.begin, slot = q.slot + (n + kGatedDeltaKeep - 1) / kGatedDeltaKeep;
+  if (t < q.end) {
+    if (n % kGatedDeltaKeep == 0) store_state(state_of(s, s.kept, slot, head), S, s.keys, s.values);
+    return;
+  }
+  for (int64_t i = slot; i < q.slot_end; ++i) std::fill_n(state_of(s, s.kept, i, head), s.keys * s.values, 0.f);
 }
 
 }  // namespace

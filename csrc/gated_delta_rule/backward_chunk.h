@@ -20,7 +20,8 @@ inline void add_product(float* to, int64_t rows, int64_t columns, const float* a
 }
 constexpr int kAcross = kTokens / W < kPanelVectors ? kTokens / W : kPanelVectors;   // vectors of a row of kTokens
 
-inline void load_dy(const GatedDeltaRule& s, const Sequence& seq, const Chunk& c, int64_t head, int64_t column, float* to) {
+inline void load_dy(const GatedDeltaRule& s, const Sequence& seq, const Chunk& c, int64_t head, int64_t column,
+                    float* to) {
   for (int64_t t = 0; t < kTokens; ++t) {
     for (int64_t n = 0; n < kPanel; n += W) {
       const bool there = s.dy && t < c.tokens && column + n < s.values;

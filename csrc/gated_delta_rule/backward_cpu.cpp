@@ -1,5 +1,5 @@
-// The gradient, from the last span of kGatedDeltaKeep tokens to the first. The state before a span was kept; those before
-// its chunks, and U, are computed again.
+// The gradient, from the last span of kGatedDeltaKeep tokens to the first. The state before a span was kept; those
+// before its chunks, and U, are computed again.
 #include "gated_delta_rule/backward_chunk.h"
 #include "gated_delta_rule/backward_tokens.h"
 
@@ -11,15 +11,23 @@ struct Span {
   int64_t chunks() const { return (end - begin + kTokens - 1) / kTokens; }
 };
 
+void fetch(const GatedDeltaRule& s, const Sequence& q, int64_t begin, int64_t head) {
+  const int64_t shared = head / (s.value_heads / s.heads);
+  prefetch<0>(s.k, q, begin, shared, s.keys);
+  prefetch<0>(s.q, q, begin, shared, s.keys);
+  prefetch<0>(s.v, q, begin, head, s.values);
+}
+
 // What the forward left of the chunks of a span: operands, U and E, and the state before each.
 template <Gate gate>
-void replay(const GatedDeltaRule& s, const Sequence& q, const Span& span, const Work& w, Chunk* chunks, int64_t head) {
+void replay(const GatedDeltaRule& s, const Sequence& q, const Span& span, const Work& w, Chunk* chunks,
+            int64_t head) {
   load_state(w.S[0], state_of(s, static_cast<const float*>(s.kept), q.slot + span.number, head), s.keys, s.values);
   for (int64_t i = 0; i < span.chunks(); ++i) {
     Chunk& c = chunks[i];
     c.begin = span.begin + i * kTokens, c.tokens = std::min<int64_t>(kTokens, span.end - c.begin);
     load_chunk<gate>(s, q, c, head);
-    prefetch<0>(s.v, q, c.begin + kTokens, head, s.values);
+    if (i + 1 < span.chunks()) fetch(s, q, c.begin + kTokens, head);
     if (s.dy) prefetch<0>(s.dy, q, c.begin, head, s.values);
     multiply_tokens<gate>(s, c, w.x);
     for (int64_t p = 0; p < w.panel_count; ++p) {
@@ -55,6 +63,9 @@ template <Gate gate> void walk(const GatedDeltaRule& s, const Work& w, Chunk* ch
     for (int64_t h = 0; h < w.heads; ++h) {
       replay<gate>(s, q, span, w, chunks, first + h);
       for (int64_t i = span.chunks() - 1; i >= 0; --i) {
+        prefetch<1>(s.dv, q, chunks[i].begin, first + h, s.values);
+        if (i == 0 && h + 1 < w.heads) fetch(s, q, begin, first + h + 1);
+        if (i == 0 && h + 1 == w.heads && n > 0) fetch(s, q, begin - kGatedDeltaKeep, first);
         walk_panels<gate>(s, q, chunks[i], w, i, first + h, w.G + h * size);
         finish<gate>(s, q, chunks[i], w, first + h, Rows(w, i));
       }

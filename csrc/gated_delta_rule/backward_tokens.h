@@ -31,7 +31,8 @@ template <Gate gate> inline void weigh_pairs(const GatedDeltaRule& s, const Chun
 
 // dq and dk where a pair of tokens has one decay.
 template <Gate gate>
-inline void add_rows(const GatedDeltaRule& s, const Chunk& c, const Work& w, const float* dkk, const float* dqk, const Rows& to) {
+inline void add_rows(const GatedDeltaRule& s, const Chunk& c, const Work& w, const float* dkk, const float* dqk,
+                     const Rows& to) {
   const int64_t width = c.width;
   for (int64_t token = 0; token < kTokens; token += 4) {
     for_columns<4>(token, width, [&]<int R, int C>(int64_t i, int64_t n) {
@@ -93,8 +94,8 @@ inline void add_gate(const Chunk& c, const Work& w, const float* dN, const float
 }
 
 // All of it per key, W keys from n. x[i] is k[j] decayed to token i, Z what reaches back to token i from those behind.
-inline void add_keys(const GatedDeltaRule& s, const Chunk& c, const Work& w, const float* dkk, const float* dqk, const Rows& to,
-                     int64_t n) {
+inline void add_keys(const GatedDeltaRule& s, const Chunk& c, const Work& w, const float* dkk, const float* dqk,
+                     const Rows& to, int64_t n) {
   vf dq[kTokens] = {}, dk[kTokens] = {}, dg[kTokens] = {}, x[kTokens];
   const auto at = [&](const float* rows, int64_t i) { return load(rows + i * c.width + n); };
   for (int j = 0; j < kTokens; ++j) {
@@ -132,7 +133,8 @@ inline void add_keys(const GatedDeltaRule& s, const Chunk& c, const Work& w, con
 }
 
 template <Gate gate>
-inline void finish(const GatedDeltaRule& s, const Sequence& seq, const Chunk& c, const Work& w, int64_t head, const Rows& to) {
+inline void finish(const GatedDeltaRule& s, const Sequence& seq, const Chunk& c, const Work& w, int64_t head,
+                   const Rows& to) {
   float *const dkk = w.dots, *const dqk = w.dots + kTokens * kTokens;
   if constexpr (gate == Gate::one) {
     float dg[kTokens];

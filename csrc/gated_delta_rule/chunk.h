@@ -1,5 +1,5 @@
-// A chunk of kTokens tokens of a head: its operands for the products with states, and the products of its tokens among
-// each other. Tokens and keys that are not there are zeros, of decay 1, which change nothing.
+// A chunk of kTokens tokens of a head: its operands for the products with states, and the products of its tokens
+// among each other. Tokens and keys that are not there are zeros, of decay 1, which change nothing.
 #pragma once
 #include "gated_delta_rule/unit.h"
 
@@ -124,14 +124,13 @@ template <Gate gate> inline void load_chunk(const GatedDeltaRule& s, const Seque
 }
 
 // Brings rows of a tensor towards the core: they lie too far apart for the machine to see them coming.
-template <int write> inline void prefetch(const View& x, const Sequence& q, int64_t begin, int64_t head, int64_t columns) {
+template <int write>
+inline void prefetch(const View& x, const Sequence& q, int64_t begin, int64_t head, int64_t columns) {
   for (int64_t t = begin; t < std::min(begin + kTokens, q.end); ++t) {
     const char* const row = static_cast<const char*>(x.at(row_at(x, q, t, head)));
     for (int64_t i = 0; i < columns * size_of(x.type); i += 64) __builtin_prefetch(row + i, write, 2);
   }
 }
-
-// ---- products of the tokens among each other ----------------------------------------------------------------------------
 
 constexpr int kPairs = W == 16 ? 8 : 4;   // earlier tokens at a time: two sums of each stay in registers
 
@@ -140,13 +139,13 @@ inline void sums_of(float* to, const vf (&v)[2 * kPairs]) {
   for (int i = 0; i < 2 * kPairs; i += W) {
     vf parts[W / 4];
 #pragma GCC unroll 4
-    for (int p = 0; p < W / 4; ++p) parts[p] = sum4(v[i + 4 * p], v[i + 4 * p + 1], v[i + 4 * p + 2], v[i + 4 * p + 3]);
+    for (int p = i; p < i + W; p += 4) parts[(p - i) / 4] = sum4(v[p], v[p + 1], v[p + 2], v[p + 3]);
     store(to + i, sum_parts(parts));
   }
 }
 
-// sums = [<x[j], k[i]>, <x[j], q[i]>] for tokens [j, j + kPairs); per key, x[j] = k[j] decayed up to token i - 1 is first
-// decayed to token i. Of tokens behind i the sums mean nothing.
+// sums = [<x[j], k[i]>, <x[j], q[i]>] for tokens [j, j + kPairs); per key, x[j] = k[j] decayed up to token i - 1 is
+// first decayed to token i. Of tokens behind i the sums mean nothing.
 template <Gate gate>
 inline void row_products(const Chunk& c, float* x, int64_t i, int64_t j, float* sums) {
   vf sum[2 * kPairs] = {};

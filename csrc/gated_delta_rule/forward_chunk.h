@@ -5,7 +5,7 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// U of a panel, [kTokens, kPanel], by forward substitution: U = beta E, E = V - K exp(gi) S - N / beta U. E may be null.
+// U of a panel, [kTokens, kPanel], by forward substitution: U = beta E, E = V - K exp(gi) S - N / beta U. E: or null.
 inline void correct(const GatedDeltaRule& s, const Sequence& seq, const Chunk& c, int64_t head, int64_t column,
                     const float* S, float* U, float* E) {
   for (int64_t i = 0; i < kTokens; i += kRows) {

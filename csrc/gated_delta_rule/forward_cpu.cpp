@@ -4,9 +4,9 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// The form by shape. Per token and element of the state, the sequential form takes three operations and a fourth for a
-// decay; chunks take little more than three, and per chunk what does not grow with both K and V. So chunks pay where there
-// is a decay and the state is larger than 64 x 64; measured on Zen 4.
+// The form by shape. Per token and element of the state, the sequential form takes three operations and a fourth for
+// a decay; chunks take little more than three, and per chunk what does not grow with both K and V. So chunks pay
+// where there is a decay and the state is larger than 64 x 64; measured on Zen 4.
 bool sequentially(const GatedDeltaRule& s) {
   if (s.form != GatedDeltaForm::by_shape) return s.form == GatedDeltaForm::sequential;
   const int64_t length = s.cu_seqlens ? s.time / std::max<int64_t>(s.sequences, 1) : s.time;

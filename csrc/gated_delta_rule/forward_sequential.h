@@ -1,5 +1,5 @@
-// The forward token by token, in the arithmetic of the step. A panel of S stays in the first-level cache while a block of
-// tokens passes; one pass over it updates S for a token, multiplies it by q, and by the k of the next token.
+// The forward token by token, in the arithmetic of the step. A panel of S stays in the first-level cache while a block
+// of tokens passes; one pass over it updates S for a token, multiplies it by q, and by the k of the next token.
 #pragma once
 #include "gated_delta_rule/unit.h"
 

@@ -24,8 +24,8 @@ template <Gate gate, class T> void step_head(const GatedDeltaRuleStep& s, int64_
   const Token token = {rows[0], rows[1], rows[2], rows[3], whole};
   const auto at = [&](const View& x, int64_t head) { return b * x.stride[0] + head * x.stride[1]; };
   const int64_t shared = h / (s.value_heads / s.heads);
-  prepare<gate>(token, s.k, at(s.k, shared), s.q, at(s.q, shared), s.g, gate == Gate::one ? b * s.g.stride[0] + h : at(s.g, h),
-                s.keys);
+  const int64_t g = gate == Gate::one ? b * s.g.stride[0] + h : at(s.g, h);
+  prepare<gate>(token, s.k, at(s.k, shared), s.q, at(s.q, shared), s.g, g, s.keys);
   const float beta = load(s.beta, b * s.beta.stride[0] + h, 1)[0];
   T* const S = static_cast<T*>(s.state.data) + at(s.state, h);
   const int64_t v = at(s.v, h), y = at(s.y, h);

@@ -1,5 +1,5 @@
-// One token of the recurrence, which the step and the sequential form share, which makes them agree bit for bit: every
-// column of S and every sum over the keys has an order of its own, however many columns are taken at a time.
+// One token of the recurrence, which the step and the sequential form share, which makes them agree bit for bit:
+// every column of S and every sum over the keys has an order of its own, however many columns are taken at a time.
 #pragma once
 #include "cpu/simd.h"
 #include "gated_delta_rule/kernel.h"
@@ -9,7 +9,9 @@ namespace {
 
 enum class Gate { none, one, per_key };
 
-template <class S> inline Gate gate_of(const S& s) { return !s.g ? Gate::none : s.one_decay ? Gate::one : Gate::per_key; }
+template <class S> inline Gate gate_of(const S& s) {
+  return !s.g ? Gate::none : s.one_decay ? Gate::one : Gate::per_key;
+}
 
 // Calls f.operator()<gate>().
 template <class F> inline void with_gate(Gate gate, const F& f) {
@@ -20,8 +22,8 @@ template <class F> inline void with_gate(Gate gate, const F& f) {
 
 constexpr float kSlow = -0.6875f;   // log decays above are slow: a decay of about 1 / 2
 
-// What a decay leaves of S is by S + (S where `whole`). A slow decay is close to 1, and a float would round away what a
-// long memory is made of: it is kept, and applied, as its difference from 1.
+// What a decay leaves of S is by S + (S where `whole`). A slow decay is close to 1, and a float would round away what
+// a long memory is made of: it is kept, and applied, as its difference from 1.
 struct Decay {
   vf by;
   vi whole;
@@ -42,8 +44,8 @@ struct Token {
 
 // Fills the arrays of a token. g is ignored without a decay.
 template <Gate gate>
-inline void prepare(const Token& t, const View& k, int64_t k_at, const View& q, int64_t q_at, const View& g, int64_t g_at,
-                    int64_t keys) {
+inline void prepare(const Token& t, const View& k, int64_t k_at, const View& q, int64_t q_at, const View& g,
+                    int64_t g_at, int64_t keys) {
   Decay d = {};
   if constexpr (gate == Gate::one) {
     d = decay_of(checked_gate(splat(load(g, g_at, 1)[0])));

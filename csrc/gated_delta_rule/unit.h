@@ -8,8 +8,8 @@
 namespace pyseq::PYSEQ_ISA {
 namespace {
 
-// The state of a head in scratch is cut into panels of kPanel columns, each [padded_keys, kPanel] by itself, so that one
-// stays in the first-level cache: 16 KB for 128 keys. Rows behind K and columns behind V are zero.
+// The state of a head in scratch is cut into panels of kPanel columns, each [padded_keys, kPanel] by itself, so that
+// one stays in the first-level cache: 16 KB for 128 keys. Rows behind K and columns behind V are zero.
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * W;
 
@@ -34,7 +34,8 @@ struct Sequence {
 };
 
 inline Sequence sequence_at(const GatedDeltaRule& s, int64_t i) {
-  const int64_t slot = gated_delta_slot(s.time, s.cu_seqlens, i), all = gated_delta_slots(s.batch, s.time, s.sequences, s.cu_seqlens);
+  const int64_t slot = gated_delta_slot(s.time, s.cu_seqlens, i);
+  const int64_t all = gated_delta_slots(s.batch, s.time, s.sequences, s.cu_seqlens);
   const int64_t slot_end = i + 1 < s.sequences ? gated_delta_slot(s.time, s.cu_seqlens, i + 1) : all;
   if (!s.cu_seqlens) return {i, i, 0, s.time, slot, slot_end};
   return {i, 0, s.cu_seqlens[i], s.cu_seqlens[i + 1], slot, slot_end};

@@ -19,12 +19,12 @@ def cut(op, arguments, begin, end):
 
 def stepped(op, arguments):
     """The results of up to two steps, from the state before the first token, and the state after them."""
-    token = {n for n in op.time if arguments.get(n) is not None}
+    token = {n: arguments[n] for n in op.time if n in arguments}
     options = {n: v for n, v in arguments.items() if n not in (*op.time, "state", "return_state", "cu_seqlens")}
     with torch.no_grad():
         _, state = op.function(**(cut(op, arguments, 0, 0) | {"return_state": True}))
         tokens = range(min(2, arguments[op.time[0]].shape[1]))
-        y = [op.step(state, **{n: arguments[n][:, t] for n in token}, **options) for t in tokens]
+        y = [op.step(state, **{n: v if v is None else v[:, t] for n, v in token.items()}, **options) for t in tokens]
     return (*y, *as_tuple(state))
 
 

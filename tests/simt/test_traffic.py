@@ -118,6 +118,11 @@ def aligned(name):
             arguments |= {"B": normal(1, 128, 1, 128), "C": normal(1, 128, 1, 128), "D": normal(4)}
             arguments |= {"z": normal(1, 128, 4, 64), "state": normal(1, 4, 64, 128)}
             return arguments | {"dt_softplus": True, "return_state": True}
+        if name == "gated_delta_rule":
+            h, k, v = 2, 64, 64
+            arguments = {"q": normal(1, t, 1, k) / 8, "k": normal(1, t, 1, k) / 8, "v": normal(1, t, h, v)}
+            arguments |= {"g": -normal(1, t, h).exp(), "beta": normal(1, t, h).sigmoid(), "state": normal(1, h, k, v)}
+            return arguments | {"return_state": True}
         if name == "mamba_step":
             r, b = 8, 4
             arguments = {"conv_state": normal(b, d, 3), "state": normal(b, d, n), "x": normal(b, d), "z": normal(b, d)}
@@ -138,6 +143,7 @@ CEILINGS = {
     "causal_conv1d_backward_kernel": (1.4, 1.1),
     "causal_conv1d_sum_kernel": (1.2, 1.1),
     "causal_conv1d_step_kernel": (3.1, 1.1),
+    "gated_delta_rule_backward_kernel": (1.15, 1.65),
     "mamba2_step_kernel": (1.4, 1.1),
     "mamba2_step_finish_kernel": (2.7, 1.1),
     "mamba_step_kernel": (1.45, 1.1),

@@ -3,9 +3,9 @@
 //   delta_rule_backward_kernel   all else; a block has one head of one sequence and some columns of its state at a time
 //   delta_rule_finish_kernel     where columns are dealt out: adds what blocks left; NaN where cu_seqlens is not valid
 //
-// A block walks its sequence from the last kDeltaKeep tokens to the first: the state before each chunk of 16 tokens, the
-// scores and p again from what the forward kept (backward_recompute.cuh), then the chunks from the last to the first
-// (backward_gradient.cuh). Its warps have 16 keys each, or two times 16, of all that is per key: nothing of theirs is
+// A block walks its sequence from the last kDeltaKeep tokens to the first: the state before each chunk of 16 tokens,
+// the scores and p again from what the forward kept (backward_recompute.cuh), then the chunks from the last to the
+// first (backward_gradient.cuh). Its warps have 16 keys each, or two times 16, of all that is per key: nothing of theirs is
 // exchanged but sums over keys. One head of one sequence cannot be divided along time: few of both leave the GPU idle.
 #pragma once
 #include <type_traits>
@@ -94,7 +94,6 @@ struct Plan {
 };
 
 __device__ __forceinline__ bool invalid(const DeltaRule& s) { return s.sequence_of && s.sequence_of[0] < 0; }
-__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
 // Fragments of 16 by 16 numbers, x, in the lanes' registers: lane 4 g + t has at v[n][r] row g + 8 (r / 2), column
 // 8 n + 2 t + r % 2. In memory that column is channel 4 t + 2 n + r % 2, so that a lane's are neighbours; the order in
@@ -155,7 +154,9 @@ __device__ __forceinline__ void store_rows(float* at, int stride, const Tile& x,
 // As they are, 256 numbers.
 __device__ __forceinline__ void put(float* at, const Tile& x, int lane) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) store_vec<4>(at + (32 * n + lane) * 4, Vec<4>{{x.v[n][0], x.v[n][1], x.v[n][2], x.v[n][3]}});
+  for (int n = 0; n < 2; ++n) {
+    store_vec<4>(at + (32 * n + lane) * 4, Vec<4>{{x.v[n][0], x.v[n][1], x.v[n][2], x.v[n][3]}});
+  }
 }
 __device__ __forceinline__ Tile get(const float* at, int lane) {
   Tile x;
@@ -168,8 +169,8 @@ __device__ __forceinline__ Tile get(const float* at, int lane) {
   return x;
 }
 
-// Four neighbours at `at`, of which `count` exist; all of them in one access where it may be, else one by one, in a loop:
-// kernels are full of these. Any: a dtype known only at run time.
+// Four neighbours at `at`, of which `count` exist; all of them in one access where it may be, else one by one, in a
+// loop: kernels are full of these. Any: a dtype known only at run time.
 struct Any {};
 template <class T> __device__ __forceinline__ Vec<4> load_four(const View& x, int64_t at, bool wide, int64_t count) {
   constexpr bool kAny = std::is_same_v<T, Any>;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 4 ? 2 : 1) delta_rul
       }
       __syncthreads();
       Recompute<Policy, S>{at}.run();
-      Gradient<Policy, S>{at}.run();
+      Gradient<Policy, S>{{at}}.run();
     }
     if (s.dstate) {
       own([&](int tile, int n, const float* from) {
@@ -78,7 +78,8 @@ template <class Policy, class S> int launch_all(const DeltaRule& s, void* stream
   const Plan p(s);
   constexpr size_t kBytes = sizeof(Memory<S>);
   static_assert(kBytes <= 99 * 1024);
-  return launch<delta_rule_backward_kernel<Policy, S>>(dim3(unsigned(p.blocks)), dim3(S::kThreads), kBytes, stream, s, p);
+  const dim3 grid(unsigned(p.blocks));
+  return launch<delta_rule_backward_kernel<Policy, S>>(grid, dim3(S::kThreads), kBytes, stream, s, p);
 }
 
 }  // namespace

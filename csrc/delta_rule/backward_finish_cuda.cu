@@ -6,12 +6,15 @@ namespace {
 
 constexpr int kFinishThreads = 256;
 
+__device__ __forceinline__ int64_t first() { return int64_t(blockIdx.x) * kFinishThreads + threadIdx.x; }
+__device__ __forceinline__ int64_t step() { return int64_t(gridDim.x) * kFinishThreads; }
+
 // Four keys of one tensor per thread.
-__device__ __forceinline__ void finish(const DeltaRule& s, const Plan& p, const View& to, const View& from, int64_t slab,
-                                       int64_t width) {
+__device__ __forceinline__ void finish(const DeltaRule& s, const Plan& p, const View& to, const View& from,
+                                       int64_t slab, int64_t width) {
   const int64_t fours = (width + 3) / 4, all = s.batch * s.time * s.heads * fours;
   const bool wrong = invalid(s);
-  for (int64_t i = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x; i < all; i += int64_t(gridDim.x) * kFinishThreads) {
+  for (int64_t i = first(); i < all; i += step()) {
     const int64_t k = i % fours * 4, head = i / fours % s.heads, t = i / fours / s.heads % s.time;
     const int64_t row = i / fours / s.heads / s.time, count = width - k;
     Vec<4> sum{};
@@ -43,15 +46,15 @@ __global__ void __launch_bounds__(kFinishThreads) delta_rule_finish_kernel(Delta
   if (!wrong) return;
   finish(s, p, s.dv, s.dv, 0, s.values);
   const int64_t size = s.dstate ? s.sequences * s.heads * s.keys * s.values : 0;
-  for (int64_t i = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x; i < size; i += int64_t(gridDim.x) * kFinishThreads)
-    s.dstate[i] = not_a_number();
+  for (int64_t i = first(); i < size; i += step()) s.dstate[i] = not_a_number();
 }
 
 }  // namespace
 
 int delta_rule_finish_cuda(const DeltaRule& s, void* stream) {
   const Plan p(s);
-  const int64_t fours = (s.keys + 3) / 4, blocks = (s.batch * s.time * s.heads * fours + kFinishThreads - 1) / kFinishThreads;
+  const int64_t fours = s.batch * s.time * s.heads * ((s.keys + 3) / 4);
+  const int64_t blocks = (fours + kFinishThreads - 1) / kFinishThreads;
   const dim3 grid(unsigned(blocks < 1 ? 1 : blocks < 4096 ? blocks : 4096));
   return launch<delta_rule_finish_kernel>(grid, dim3(kFinishThreads), 0, stream, s, p);
 }

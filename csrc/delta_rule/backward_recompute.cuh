@@ -118,7 +118,8 @@ template <class Policy, class S> struct Recompute : Span<Policy, S> {
       store_rows(mine, kStride, k_end[i], lane);
       store_rows(mine + kScore, kStride, b_end[i], lane);
       __syncwarp();
-      const auto k = Policy::b(load_columns(mine, kStride, lane)), b = Policy::b(load_columns(mine + kScore, kStride, lane));
+      const auto k = Policy::b(load_columns(mine, kStride, lane));
+      const auto b = Policy::b(load_columns(mine + kScore, kStride, lane));
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < S::kValueTiles; ++n) {

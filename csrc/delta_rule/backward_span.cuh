@@ -7,12 +7,12 @@
 namespace pyseq::delta_rule {
 namespace {
 
-// q k, q b with k a above its diagonal, and a b: scores of the rows' tokens with the columns' before them; the first and
-// the last are symmetric. Gradients of scores lie the same way.
+// q k, q b with k a above its diagonal, and a b: scores of the rows' tokens with the columns' before them; the first
+// and the last are symmetric. Gradients of scores lie the same way.
 enum Score { kQK, kQB, kAB };
 constexpr int kScore = kChunk * kStride;   // floats of one
 
-struct Where {   // in shared memory: registers are short
+struct alignas(16) Where {   // in shared memory: registers are short
   int64_t row, head, part;
   int64_t first, time, span;    // tokens of the sequence: the first, how many; the span, of kDeltaKeep
   int64_t begin;                // the chunk's first token
@@ -23,7 +23,7 @@ struct Where {   // in shared memory: registers are short
 
 template <class S> struct Memory {
   Where where;
-  float G[S::kTiles][S::kValues * kStride];   // transposed: rows are columns of the state
+  alignas(16) float G[S::kTiles][S::kValues * kStride];   // transposed: rows are columns of the state
   float v[kChunk * S::kRowStride], dy[kChunk * S::kRowStride];
   float p[kChunk * S::kRowStride], dp[kChunk * S::kRowStride];   // dp: the gradient of p
   float scores[3 * kScore], dscores[3 * kScore];

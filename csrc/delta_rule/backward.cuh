@@ -5,8 +5,8 @@
 //
 // A block walks its sequence from the last kDeltaKeep tokens to the first: the state before each chunk of 16 tokens,
 // the scores and p again from what the forward kept (backward_recompute.cuh), then the chunks from the last to the
-// first (backward_gradient.cuh). Its warps have 16 keys each, or two times 16, of all that is per key: nothing of theirs is
-// exchanged but sums over keys. One head of one sequence cannot be divided along time: few of both leave the GPU idle.
+// first (backward_gradient.cuh). Its warps have 16 keys each, or two times 16, of all that is per key: nothing of theirs
+// is exchanged but sums over keys. One head of one sequence is not divided along time: few of both leave the GPU idle.
 #pragma once
 #include <type_traits>
 

@@ -3,8 +3,8 @@
 // Two tokens j < i differ first in one bit of their numbers, say bit n. They lie in one block of 2^(n+1) tokens, j in
 // its lower half, i in its upper one, and the decay between them is that from j to the end of the lower half times that
 // from there to i. So at each level a row of the chunk's matrices has one factor, at most 1, that it has with every row
-// of the other half: scores and gradients are four matrix products, each masked to the pairs of its level, and a token's decay
-// takes part in just those factors that include it. Halves are joined to blocks by one exchange between lanes.
+// of the other half: scores and gradients are four matrix products, each masked to the pairs of its level, and a token's
+// decay takes part in just those factors that include it. Halves are joined to blocks by one exchange between lanes.
 #pragma once
 #include "delta_rule/backward.cuh"
 

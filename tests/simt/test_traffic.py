@@ -148,6 +148,7 @@ CEILINGS = {
     "mamba2_step_finish_kernel": (2.7, 1.1),
     "mamba_step_kernel": (1.45, 1.1),
     "mamba_step_project_kernel": (1.75, 1.1),
+    "delta_rule_backward_kernel": (1.2, 1.5),
     "rms_norm_gated_kernel": (2.1, 1.1),
     "rms_norm_gated_backward_kernel": (2.1, 1.1),
     "selective_scan_backward_kernel": (1.6, 1.1),

@@ -181,10 +181,12 @@ struct Chunk {
   // Sums 16 numbers over 16 lanes: lane i is left with the i-th in x[0].
   static __device__ __forceinline__ void halve(float (&x)[kC], int i) {
 #pragma unroll
-    for (int half = kC / 2; half > 0; half /= 2) {
+    for (int level = 0; level < 4; ++level) {
+      const int half = kC / 2 >> level;
       const bool upper = i & half;
 #pragma unroll
-      for (int n = 0; n < half; ++n) {
+      for (int n = 0; n < kC / 2; ++n) {
+        if (n >= half) continue;
         const float give = upper ? x[n] : x[n + half], keep = upper ? x[n + half] : x[n];
         x[n] = keep + __shfl_xor_sync(~0u, give, half);
       }

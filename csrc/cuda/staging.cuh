@@ -9,13 +9,13 @@ namespace pyseq {
 // How a tensor is read, and where its elements wait, in bytes.
 struct Staged {
   View x;
-  bool wide;   // 4 elements at a time
+  bool wide;   // each copy is one access, or is made of them
   int raw;
 };
 
-// Room for `elements` of x from byte `end` on; `axes` lead to its rows.
-inline Staged stage(const View& x, int axes, int elements, int& end) {
-  const Staged staged{x, vectorisable(x, 4, axes), end};
+// Room for `elements` of x from byte `end` on; `axes` lead to its rows, which are copied `each` elements at a time.
+inline Staged stage(const View& x, int axes, int elements, int& end, int each = 4) {
+  const Staged staged{x, vectorisable(x, each, axes), end};
   end += x ? elements * int(size_of(x.type)) : 0;
   return staged;
 }

@@ -5,6 +5,8 @@
 namespace pyseq {
 
 int delta_rule_steps_cuda(const DeltaRule&, void* stream);
+bool delta_rule_chunks_fit(const DeltaRule&);
+int delta_rule_chunk_cuda(const DeltaRule&, void* stream);
 
 namespace {
 

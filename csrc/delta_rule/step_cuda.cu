@@ -13,7 +13,8 @@ struct Wide {   // which rows may be read 4 elements at a time
 };
 
 template <bool kCorrect, int L, int F, class T>
-__global__ void __launch_bounds__(kThreads, 3) delta_rule_step_kernel(DeltaRuleStep s, Wide wide, int tiles) {
+__global__ void __launch_bounds__(kThreads, F < 4 ? 3 : 2)
+    delta_rule_step_kernel(DeltaRuleStep s, Wide wide, int tiles) {
   const int lane = int(threadIdx.x % 32);
   const int64_t unit = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   const int64_t row = unit / tiles / s.heads, head = unit / tiles % s.heads;

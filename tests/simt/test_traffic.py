@@ -118,6 +118,10 @@ def aligned(name):
             arguments |= {"B": normal(1, 128, 1, 128), "C": normal(1, 128, 1, 128), "D": normal(4)}
             arguments |= {"z": normal(1, 128, 4, 64), "state": normal(1, 4, 64, 128)}
             return arguments | {"dt_softplus": True, "return_state": True}
+        if name == "delta_rule":
+            rows, unit = (b, t, 2, 64), torch.nn.functional.normalize(normal(b, t, 2, 64), dim=-1)
+            arguments = {"q": normal(*rows), "k": normal(*rows) / 8, "v": normal(*rows), "a": -unit, "b": unit / 2}
+            return arguments | {"g": -normal(*rows).sigmoid(), "state": normal(b, 2, 64, 64), "return_state": True}
         if name == "gated_delta_rule":
             h, k, v = 2, 64, 64
             arguments = {"q": normal(1, t, 1, k) / 8, "k": normal(1, t, 1, k) / 8, "v": normal(1, t, h, v)}
@@ -143,6 +147,7 @@ CEILINGS = {
     "causal_conv1d_backward_kernel": (1.4, 1.1),
     "causal_conv1d_sum_kernel": (1.2, 1.1),
     "causal_conv1d_step_kernel": (3.1, 1.1),
+    "delta_rule_chunk_kernel": (1.1, 1.5),
     "gated_delta_rule_backward_kernel": (1.15, 1.65),
     "mamba2_step_kernel": (1.4, 1.1),
     "mamba2_step_finish_kernel": (2.7, 1.1),

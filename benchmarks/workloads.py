@@ -221,7 +221,42 @@ def ssd_step(batch: int, heads: int, dtype: str) -> Work:
     return Work(name, "state", size, (step,), goal={4: 86e-6, 2: 43e-6}[each])
 
 
+def gated_delta_rule(batch: int, time: int, heads: int) -> tuple[Work, Work]:
+    keys = values = 128
+    tokens, states = batch * time * heads, batch * time * heads * keys * values
+    chunks, tensor, gates = tokens // 16, 2 * tokens * keys, 2 * 4 * tokens   # bf16; float32 g and beta
+    name = f"gated_delta_rule, B{batch} T{time} H{heads} K{keys} V{values}, one decay per head, bf16"
+    forward = Launch(
+        "gated_delta_rule_chunks_kernel<8>", blocks=batch * heads * 2, dynamic_shared=43424,
+        bytes_moved=4 * tensor + gates,   # q, k, v, y
+        iterations={"HMMA.16816 STG.128": chunks * 2 * 4, "HMMA.16816 LDGSTS.128": chunks * 2},
+    )
+    products = 592   # of 16 x 16 x 16, per chunk
+    kept, parts = 4 * tokens // 64 * keys * values, 4 * tokens * (keys * 2 + 2 + values)
+    backward = Launch(
+        "gated_delta_rule_backward_kernel", blocks=batch * heads, dynamic_shared=200320,
+        bytes_moved=5 * tensor + gates + kept + parts,   # q, k, v, dy, dv; states; float32 parts, e
+        instructions={"HMMA.1688": 12 * products * chunks},
+        iterations={"LDS.128 -HMMA.1688": chunks * 8 * 2 * 2},   # scores, forward and backward
+    )
+    reduce = Launch("gated_delta_rule_reduce_kernel", blocks=tokens * keys // 4 // 128, threads=128,
+                    bytes_moved=parts + 2 * tensor + gates, instructions={"LDG.32": 2 * 4 * tokens * keys / 4 / 32})
+    return (Work(f"{name}, forward", "state", states, (forward,), goal=0.30e-3),
+            Work(f"{name}, backward", "state", states, (backward, reduce), goal=0.9e-3))
+
+
+def gated_delta_rule_step(batch: int, heads: int) -> Work:
+    keys = values = 128
+    size = batch * heads * keys * values
+    moved = 2 * 4 * size + 2 * 4 * batch * heads * keys
+    step = Launch("gated_delta_rule_step_kernel<8, 4, float>", blocks=batch * heads * 2, bytes_moved=moved)
+    name = f"gated_delta_rule_step, B{batch} H{heads} K{keys} V{values}, 32-bit state, bf16"
+    return Work(name, "state", size, (step,), goal=1.1 * moved / H200_BANDWIDTH)
+
+
 WORKS = (
+    *gated_delta_rule(8, 4096, 16),
+    gated_delta_rule_step(64, 16),
     *selective_scan(8, 2048, 4096),
     selective_scan_step(64, 5120),
     *causal_conv1d(8, 4096, 8192),

@@ -15,7 +15,7 @@ from pyseq.layers.norm import LayerNorm
 from pyseq.layers.rwkv7_start import Place, orthogonal, rank, stretch
 from pyseq.layers.token_shift import token_shift
 from pyseq.ops._check import Dims
-from pyseq.ops.delta_rule import rwkv7, rwkv7_step
+from pyseq.ops.delta_rule import WIDEST, rwkv7, rwkv7_step
 
 Tensor = torch.Tensor
 MODES = ("context_memory", "write_both", "aligned")
@@ -78,6 +78,8 @@ class CrossWKV(Exact):
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
         if d_model % head_size:
             raise ValueError(f"head_size must divide d_model = {d_model}, got {head_size}")
+        if head_size > WIDEST:
+            raise ValueError(f"head_size must be at most {WIDEST}, got {head_size}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if isinstance(iclr_scale, bool) or iclr_scale not in (1, 2):
@@ -129,6 +131,8 @@ class CrossWKV(Exact):
         `state` has absorbed. context_mask [B, T_c], bool: a token where it is False is as if it were not there; in mode
         "aligned" x reads there all the same. `state` is not changed; gradients flow through both.
         """
+        if x is None:
+            raise TypeError("CrossWKV: x is None, expected a tensor [B, T, d_model]; absorb takes a context alone")
         self._check(x, context, context_mask, state)
         if context is None and (state is None or self.mode == "aligned"):
             raise ValueError("CrossWKV: context is None, expected a tensor [B, T_c, d_context] to read from")
@@ -172,6 +176,7 @@ class CrossWKV(Exact):
         """
         if (context is None) == (self.mode == "aligned"):
             raise ValueError(f"CrossWKV: context of a step: in mode 'aligned' and only there, mode is {self.mode!r}")
+        self._check(x, context, None, state, time=False)
         if torch.is_grad_enabled():
             out, state = self(x[:, None], None if context is None else context[:, None], state)
             return out[:, 0], state
@@ -212,17 +217,18 @@ class CrossWKV(Exact):
         o = F.group_norm(rows, self.heads, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps).view(gate.shape)
         return self.output((o * gate).to(self.output.kind))
 
-    def _check(self, x: Any, context: Any, mask: Any, state: Any) -> None:
+    def _check(self, x: Any, context: Any, mask: Any, state: Any, time: bool = True) -> None:
+        """Of a sequence, or of a token without an axis of time."""
         dims = Dims("CrossWKV")
         dims.fix("D", self.d_model, "d_model")
         dims.fix("Dc", self.d_context, "d_context")
-        dims.optional("x", x, "BTD")
-        aligned = self.mode == "aligned"
-        dims.optional("context", context, ("B", "T" if aligned else "Tc", "Dc"))
+        dims.optional("x", x, "BTD" if time else "BD")
+        length = "T" if self.mode == "aligned" else "Tc"
+        dims.optional("context", context, ("B", length, "Dc") if time else ("B", "Dc"))
         if mask is not None:
             if context is None:
                 raise ValueError("CrossWKV: context_mask is given without a context")
-            dims.match("context_mask", mask, ("B", "T" if aligned else "Tc"), (torch.bool,))
+            dims.match("context_mask", mask, ("B", length), (torch.bool,))
         if state is not None:
             if not isinstance(state, tuple) or len(state) != 3:
                 raise TypeError(f"CrossWKV: state is {type(state).__name__}, expected a CrossWKVState, or None")

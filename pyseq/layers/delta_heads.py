@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from pyseq.layers.linear import Linear
 from pyseq.layers.norm import GatedRMSNorm
 from pyseq.layers.steps import draw_steps
 from pyseq.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from pyseq.ops.delta_rule import WIDEST
 from pyseq.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from pyseq.ops.rms_norm_gated import rms_norm_gated
 
@@ -90,6 +92,8 @@ class DeltaHeads(Exact):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
             setattr(self, name, size)
+        if self.head_dim > WIDEST:
+            raise ValueError(f"head_dim must be at most {WIDEST}, got {self.head_dim}")
         if self.num_v_heads % self.num_heads:
             raise ValueError(f"num_v_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_v_heads}")
         if isinstance(expand_v, bool) or not isinstance(expand_v, int | float) or not 0 < expand_v < math.inf:
@@ -131,9 +135,12 @@ class DeltaHeads(Exact):
                 sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
                 mixed[name], after[name] = F.silu(u), self.A_log.new_zeros(sequences, width, 0)
         q, k, v = self._heads(**mixed)
-        y, delta = gated_delta_rule(
-            q, k, v, self.decay(x), self._beta(x), state=before["delta"], cu_seqlens=cu_seqlens, return_state=True
-        )
+        g, beta = self.decay(x), self._beta(x)
+        parts = [
+            gated_delta_rule(q, k, v, g, beta, state=S, cu_seqlens=cu_seqlens, return_state=True)
+            for v, S in self._parts(v, before["delta"])
+        ]
+        y, delta = parts[0] if len(parts) == 1 else (torch.cat(t, -1) for t in zip(*parts, strict=True))
         return self.o_proj(self.merge(y, x).flatten(-2)), DeltaState(**after, delta=delta)
 
     def step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
@@ -152,7 +159,9 @@ class DeltaHeads(Exact):
             else:
                 mixed[name] = F.silu(u)
         q, k, v = self._heads(**mixed)
-        y = gated_delta_rule_step(state.delta, q, k, v, self.decay(x), self._beta(x))
+        g, beta = self.decay(x), self._beta(x)
+        parts = [gated_delta_rule_step(S, q, k, v, g, beta) for v, S in self._parts(v, state.delta)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return self.o_proj(self.merge(y, x).flatten(-2)), state
 
     def init_state(
@@ -172,6 +181,13 @@ class DeltaHeads(Exact):
         """q, k [..., H, K] of unit length, v [..., HV, V]."""
         q, k = (unit_length(u.unflatten(-1, (self.num_heads, self.head_k_dim))) for u in (q, k))
         return q, k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
+
+    def _parts(self, v: Tensor, S: Tensor | None) -> Iterable[tuple[Tensor, Any]]:
+        """Values and their state, as many channels at a time as the op takes: no channel depends on another."""
+        if S is not None and S.shape[-1:] != v.shape[-1:]:
+            raise ValueError(f"state.delta must end in head_v_dim = {self.head_v_dim}, got {list(S.shape)}")
+        parts = v.split(WIDEST, -1)
+        return zip(parts, [None] * len(parts) if S is None else S.split(WIDEST, -1), strict=True)
 
     def _beta(self, x: Tensor) -> Tensor:
         """The share of a memory that a token replaces, [..., HV] in float32: up to 2 with negative eigenvalues."""

@@ -13,6 +13,7 @@ from pyseq.layers.rwkv7_channel import RWKV7ChannelMix
 from pyseq.layers.rwkv7_start import Place, rank
 from pyseq.layers.rwkv7_time import RWKV7TimeMix
 from pyseq.ops._check import Dims, check_cu_seqlens
+from pyseq.ops.delta_rule import WIDEST
 
 Tensor = torch.Tensor
 
@@ -70,6 +71,8 @@ class RWKV7(torch.nn.Module):
         _positive(d_model=d_model, head_size=head_size)
         if d_model % head_size:
             raise ValueError(f"head_size must divide d_model = {d_model}, got {head_size}")
+        if head_size > WIDEST:
+            raise ValueError(f"head_size must be at most {WIDEST}, got {head_size}")
         ranks = {
             "w": rank(2.5, d_model) if decay_rank is None else decay_rank,
             "a": rank(2.5, d_model) if iclr_rank is None else iclr_rank,

@@ -11,6 +11,7 @@ KINDS = {
     "plain": (pyseq.GatedDeltaNet, {"expand_v": 1.5}),
     "negative": (pyseq.GatedDeltaNet, {"allow_neg_eigval": True}),
     "shared keys": (pyseq.GatedDeltaNet, {"num_v_heads": 4, "expand_v": 1, "conv_bias": True}),
+    "wide values": (pyseq.GatedDeltaNet, {"head_dim": 4, "expand_v": 65}),   # more than the op takes at once
     "no gate": (pyseq.GatedDeltaNet, {"use_gate": False, "conv_size": 1}),
     "no conv": (pyseq.GatedDeltaNet, {"use_short_conv": False, "output_gate_activation": "sigmoid"}),
     "kimi": (pyseq.KimiDeltaAttention, {}),

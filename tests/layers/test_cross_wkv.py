@@ -228,7 +228,7 @@ def test_a_new_layer_says_nothing():
 
 def test_wrong_arguments_are_named():
     for options in ({"d_model": 0}, {"d_context": -1}, {"head_size": 5}, {"mode": "both"}, {"iclr_scale": 3},
-                    {"gate_rank": 0}, {"norm_eps": 0.0}):  # fmt: skip
+                    {"gate_rank": 0}, {"norm_eps": 0.0}, {"head_size": 512, "d_model": 512}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             pyseq.CrossWKV(**{"d_model": D, "d_context": DC, "head_size": N} | options)
     layer, (x, context) = make(), streams()
@@ -250,3 +250,16 @@ def test_wrong_arguments_are_named():
     for one, given in ((aligned, None), (layer, context[:, 0])):
         with pytest.raises(ValueError, match="aligned"):
             one.step(x[:, 0], one.init_state(3), given)
+    with pytest.raises(TypeError, match="x is None"):
+        layer(None, context)
+
+
+def test_a_wrong_step_changes_nothing():
+    x, context = streams()
+    for mode in pyseq.layers.cross_wkv.MODES:
+        layer = make(mode)
+        state, given = layer.init_state(3), (context[:, 0],) if mode == "aligned" else ()
+        for wrong in (x, x[:1, 0], x[:, 0, :-1]):
+            with torch.no_grad(), pytest.raises(ValueError, match=r"CrossWKV: (x|context|state\.context) has shape"):
+                layer.step(wrong, state, *given)
+        assert not any(t.any() for t in state)

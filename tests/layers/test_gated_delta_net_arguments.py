@@ -57,6 +57,18 @@ def test_initial_values():
     assert not pyseq.KimiDeltaAttention(16, head_dim=4, num_heads=2, safe_gate=True, lower_bound=-5.0).A_log.any()
 
 
+def test_the_default_heads_run():
+    for layer in LAYERS:
+        made = layer(16, num_heads=1)
+        with torch.no_grad():
+            y, state = made(torch.randn(1, 3, 16))
+            assert y.shape == (1, 3, 16) and made.step(torch.randn(1, 16), state)[0].shape == (1, 16)
+            with pytest.raises(ValueError, match=r"state\.delta must end in head_v_dim"):
+                made(torch.randn(1, 3, 16), state._replace(delta=torch.zeros(1, 1, made.head_k_dim, 600)))
+        with pytest.raises(ValueError, match="head_dim must be at most 256, got 257"):
+            layer(16, head_dim=257, num_heads=1)
+
+
 @pytest.mark.parametrize("shape", [(2, 20), (2, 3, 25), (2, 3, 1, 20)])
 @pytest.mark.parametrize("kind", ["plain", "kimi"])
 def test_wrong_input_names_it(shape, kind):

@@ -152,13 +152,14 @@ def test_a_copy_is_the_layer():
 
 @pytest.mark.parametrize("arguments, word", [
     ({"head_size": 7}, "head_size"), ({"head_size": 0}, "head_size"), ({"head_size": 8.0}, "head_size"),
+    ({"d_model": 512, "head_size": 512}, "head_size must be at most 256"),
     ({"d_ffn": 0}, "d_ffn"), ({"decay_rank": -1}, "decay_rank"), ({"gate_rank": True}, "gate_rank"),
     ({"layer_idx": -1}, "layer_idx"), ({"layer_idx": 2, "n_layer": 2}, "layer_idx"), ({"n_layer": 0}, "n_layer"),
     ({"iclr_scale": 3}, "iclr_scale"), ({"iclr_scale": True}, "iclr_scale"), ({"norm_eps": math.nan}, "norm_eps"),
 ])  # fmt: skip
 def test_bad_arguments(arguments, word):
     with pytest.raises(ValueError, match=word):
-        pyseq.RWKV7(WIDTH, **{"head_size": HEAD, **arguments})
+        pyseq.RWKV7(**{"d_model": WIDTH, "head_size": HEAD, **arguments})
 
 
 def test_bad_inputs():

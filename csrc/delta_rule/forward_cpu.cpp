@@ -33,6 +33,7 @@ void delta_rule_forward(const DeltaRule& s, int64_t begin, int64_t end) {
       if (in_chunks(s)) forward_chunks<corrected, decayed>(s, u);
       else forward_exactly<corrected, decayed>(s, u);
     });
+    clear_unneeded(s, u);
   }
   restore_denormals(mode);
 }

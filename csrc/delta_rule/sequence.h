@@ -47,6 +47,16 @@ inline float* kept_at(const DeltaRule& s, const Unit& u, int64_t t) {
   if (!s.kept || (t - u.begin) % kDeltaKeep != 0) return nullptr;
   return s.kept + state_at(s, u, delta_slot(s.time, s.cu_seqlens, u.sequence) + (t - u.begin) / kDeltaKeep);
 }
+// Zeros in those that no token of the sequence needs, up to the next sequence's.
+inline void clear_unneeded(const DeltaRule& s, const Unit& u) {
+  if (!s.kept) return;
+  const int64_t used = (u.end - u.begin + kDeltaKeep - 1) / kDeltaKeep;
+  const int64_t next = delta_slot(s.time, s.cu_seqlens, u.sequence + 1);
+  for (int64_t i = delta_slot(s.time, s.cu_seqlens, u.sequence) + used; i < next; ++i) {
+    float* const to = s.kept + state_at(s, u, i);
+    for (int64_t k = 0; k < s.keys; ++k) std::fill_n(to + k * s.values, u.columns, 0.f);
+  }
+}
 
 }  // namespace
 }  // namespace pyseq::PYSEQ_ISA

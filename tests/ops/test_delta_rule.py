@@ -273,6 +273,17 @@ def test_far_from_zero_with_strong_decays(dtype, form):
 
 
 @in_both_forms
+def test_kept_states_that_no_token_needs_are_zero(form):
+    arguments = drawn(40, 16, 18) | {"state": None, "cu_seqlens": torch.tensor([0, 3, 3, 5, 40])}
+    for _ in range(2):
+        kept = forward(arguments, form, keep=True)[2]
+        assert kept.eq(0).all()   # those of the first token are, and there are no more
+        kept.fill_(torch.nan)   # what is freed here is likely what the next call gets
+        del kept
+
+
+
+@in_both_forms
 def test_packed_as_in_training(form):
     given = drawn(2000, 60, 64)
     ends = torch.tensor([0, 15, 100, 300, 1111, 1599, 2000])

@@ -1,5 +1,7 @@
 // Tensors to the structs of kernel.h.
 #pragma once
+#include <utility>
+
 #include "gated_delta_rule/kernel.h"
 #include "torch_api/packing.h"
 #include "torch_api/stable.h"
@@ -50,6 +52,21 @@ template <Twin twin> struct Arguments {
     expect_sizes("beta", beta, one);
     expect_sizes("state", state, {s.sequences, s.value_heads, s.keys, s.values});
     STD_TORCH_CHECK(s.keys >= 1 && s.keys <= 256 && s.values >= 1 && s.values <= 256, "K or V is not from 1 to 256");
+  }
+
+  // CUDA's form in chunks reads 16 bytes at a time. Rows that begin elsewhere are moved, so that the form, and with it
+  // the bits, is a function of shape and dtype alone.
+  void align() {
+    for (const auto& [held, seen] : {std::pair(&q, &s.q), std::pair(&k, &s.k), std::pair(&v, &s.v)}) {
+      if (seen->type != DType::bf16 || held->size(-1) % 8 != 0 || held->numel() == 0) continue;
+      bool aligned = reinterpret_cast<uintptr_t>(seen->data) % 16 == 0;
+      for (int i = 0; i < 3; ++i) aligned = aligned && seen->stride[i] % 8 == 0;
+      if (aligned) continue;
+      Tensor moved = new_tensor_like(*held, held->scalar_type());
+      torch::stable::copy_(moved, *held);
+      *held = moved;
+      *seen = view(moved);
+    }
   }
 
   int64_t slots() const { return gated_delta_slots(s.batch, s.time, s.sequences, packed.has_value()); }

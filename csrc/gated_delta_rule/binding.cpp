@@ -39,9 +39,10 @@ void run(GatedDeltaRule s, const Tensor& like, int64_t units, int64_t scratch, i
 }
 
 // The CUDA twin gets one piece of memory, which its launcher divides; it neither allocates nor synchronises.
-template <auto launcher> void launch(const char* kernel, GatedDeltaRule s, const Tensor& like, int64_t workspace) {
+// How much it wants may hang on the device, so it is asked once that is the current one.
+template <auto launcher, auto workspace> void launch(const char* kernel, GatedDeltaRule s, const Tensor& like) {
   const Launch on(like);
-  const Tensor memory = new_tensor(like, {workspace + 16}, ScalarType::Float);
+  const Tensor memory = new_tensor(like, {workspace(s) + 16}, ScalarType::Float);
   s.workspace = aligned(memory);
   check_launch(kernel, launcher(s, on.stream));
 }
@@ -76,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
     run(s, q, PYSEQ_DISPATCH(gated_delta_rule_forward_units)(s), PYSEQ_DISPATCH(gated_delta_rule_forward_scratch)(s), 200000,
         PYSEQ_DISPATCH(gated_delta_rule_forward));
   } else {
-    launch<gated_delta_rule_forward_cuda>("gated_delta_rule", s, q, gated_delta_rule_forward_workspace(s));
+    args.align();
+    launch<gated_delta_rule_forward_cuda, gated_delta_rule_forward_workspace>("gated_delta_rule", s, q);
   }
   return {y, last, kept};
 }
@@ -115,7 +117,7 @@ Gradients backward(const OptionalTensor& dy, const OptionalTensor& dlast, const 
     run(s, q, PYSEQ_DISPATCH(gated_delta_rule_backward_units)(s), PYSEQ_DISPATCH(gated_delta_rule_backward_scratch)(s), 70000,
         PYSEQ_DISPATCH(gated_delta_rule_backward));
   } else {
-    launch<gated_delta_rule_backward_cuda>("gated_delta_rule_backward", s, q, gated_delta_rule_backward_workspace(s));
+    launch<gated_delta_rule_backward_cuda, gated_delta_rule_backward_workspace>("gated_delta_rule_backward", s, q);
   }
   return result;
 }

@@ -40,6 +40,20 @@ def test_both_forms_match_float64_on_the_emulator(time, keys, values, gate):
             assert_close(actual, wide, f"form {form}")
 
 
+@pytest.mark.parametrize("backend", testing.backends(OP))
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_where_rows_begin_decides_no_bits(name, backend):
+    arguments = in_type(drawn(40, 16, 16), torch.bfloat16)
+    odd = torch.zeros(*arguments[name].shape[:-1], 19, dtype=torch.bfloat16)
+    odd[..., 3:] = arguments[name]
+    with on(backend) as device:
+        both = [prepare(a, device, requires_grad=False) for a in (arguments, arguments | {name: odd[..., 3:]})]
+        y, moved = (
+            OP.active.forward(*(given[n] for n in (*ROWS, "state")), None, 0.3, True, False, CHUNKS) for given in both
+        )
+    assert torch.equal(y[0], moved[0]) and torch.equal(y[1], moved[1])
+
+
 @on_backends
 @on_gates
 def test_the_form_is_no_matter_to_packed_sequences(gate, backend):

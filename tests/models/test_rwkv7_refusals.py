@@ -134,6 +134,15 @@ def test_something_around_the_layers_is_missing(name, tmp_path):
         pyseq.from_pretrained(tmp_path)
 
 
+def test_an_embedding_is_the_head_where_a_config_says_so(tmp_path):
+    tensors = authors()
+    del tensors["head.weight"]
+    with pytest.raises(ValueError, match=r"head\.weight' is missing"):
+        pyseq.from_pretrained(write(tmp_path / "alone", tensors))
+    model = pyseq.from_pretrained(write(tmp_path / "tied", tensors, {"tie_word_embeddings": True}))
+    assert model.lm_head is None and model(IDS).logits.shape[-1] == 61
+
+
 def test_the_mix_twice(tmp_path):
     tensors = fla(authors())
     tensors["model.layers.0.attn.x_x"] = torch.zeros(6, 128)

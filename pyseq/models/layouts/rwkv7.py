@@ -125,6 +125,8 @@ def from_checkpoint(raw: dict[str, Any], tensors: Tensors, names: dict[str, str]
     sizes = Sizes(tensors, names)
     if "backbone.norm_0.weight" not in names:
         raise ValueError("checkpoint: no norm behind the embedding (blocks.0.ln0, pre_norm): this version needs one")
+    if not sizes.head and raw.get("tie_word_embeddings") is None:
+        raise ValueError("checkpoint: tensor 'head.weight' is missing, and no config says that it is the embedding")
     heads, head = shape(tensors, names, FIRST + "att.r_k", 2)
     args = {
         "head_size": head,

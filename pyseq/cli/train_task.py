@@ -27,7 +27,8 @@ def train_task(task: str | None, given: dict[str, Any], out: Path | None, json: 
         raise typer.BadParameter("goes with --task", param_hint=f"--{alone}")
     for name in given:
         if name not in TAKES:
-            raise typer.BadParameter("does not go with --task", param_hint=f"--{name.replace('_', '-')}")
+            option = "PATH" if name == "data" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("does not go with --task", param_hint=option)
     values = dict(given)
     if "length" in values:
         values["train"] = (min(3, values["length"]), values.pop("length"))

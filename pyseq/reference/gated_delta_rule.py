@@ -58,8 +58,10 @@ kimi_delta_rule = gated_delta_rule             # g [B, T, HV, K]
 kimi_delta_rule_step = gated_delta_rule_step   # g [B, HV, K]
 
 
-def delta_net(q, k, v, beta, **options):
-    return gated_delta_rule(q, k, v, None, beta, **options)
+def delta_net(q, k, v, beta, *, scale=None, state=None, cu_seqlens=None, return_state=False, exact=False):
+    return gated_delta_rule(
+        q, k, v, None, beta, scale=scale, state=state, cu_seqlens=cu_seqlens, return_state=return_state, exact=exact
+    )
 
 
 def delta_net_step(state, q, k, v, beta, *, scale=None):

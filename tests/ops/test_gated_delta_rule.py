@@ -1,5 +1,7 @@
 """gated_delta_rule and its cases: the two forms, the bits of the exact one, strange values, memory."""
 
+import inspect
+
 import pytest
 import torch
 from gated_inputs import CHUNKS, OP, ROWS, SEQUENTIAL, drawn, float64, in_form, in_type, on_backends, on_gates, part
@@ -148,6 +150,15 @@ def test_kimi_needs_a_decay():
     rows = drawn(5, 4, 3)
     with pytest.raises(TypeError, match="delta_net"):
         pyseq.kimi_delta_rule(rows["q"], rows["k"], rows["v"], None, rows["beta"])
+
+
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kimi_delta_rule", "delta_net"])
+def test_the_reference_takes_the_same_arguments(name):
+    for suffix in ("", "_step"):
+        ours, plain = (inspect.signature(getattr(m, name + suffix)).parameters for m in (pyseq, pyseq.reference))
+        assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+            (p.name, p.kind, p.default) for p in plain.values()
+        ]
 
 
 def test_nothing_of_the_size_of_a_and_b_is_in_memory():

@@ -121,7 +121,7 @@ class DeltaHeads(Exact):
         """x [B, T, hidden_size] -> (y, state after the last token). `state` is not changed; gradients flow through
         both."""
         self._check(x, 3)
-        before = dict.fromkeys(DeltaState._fields) if state is None else state._asdict()
+        before = dict.fromkeys(DeltaState._fields) if state is None else DeltaState(*state)._asdict()
         mixed, after = {}, {}
         for name, width in self.widths.items():
             u = getattr(self, f"{name}_proj")(x)

@@ -182,6 +182,9 @@ class RWKV7(torch.nn.Module):
             first = "B" if cu_seqlens is None else "S"
             dims.match("state.time", state[0], first + "D")
             dims.match("state.channel", state[2], first + "D")
+            for letter, size in (("H", self.heads), ("N", self.head_size)):
+                dims.fix(letter, size, "d_model and head_size")
+            dims.match("state.wkv", state[1], first + "HNN")
 
     def extra_repr(self) -> str:
         text = f"d_model={self.d_model}, head_size={self.head_size}, d_ffn={self.d_ffn}"

@@ -180,3 +180,7 @@ def test_bad_inputs():
     ]:
         with pytest.raises(error, match=word), torch.no_grad():
             call()
+    wrong = state._replace(wkv=state.wkv[:, :, :2])
+    with pytest.raises(ValueError, match=r"state\.wkv has shape"), torch.no_grad():
+        layer.step(x[:, 0], wrong)
+    assert not any(t.any() for t in wrong)

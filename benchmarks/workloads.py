@@ -221,6 +221,40 @@ def ssd_step(batch: int, heads: int, dtype: str) -> Work:
     return Work(name, "state", size, (step,), goal={4: 86e-6, 2: 43e-6}[each])
 
 
+def delta_rule(batch: int, time: int, heads: int) -> tuple[Work, Work]:
+    """RWKV-7. A warp has 16 columns of the state forward, 16 of its rows backward."""
+    keys = values = 64
+    tokens, states = batch * time * heads, batch * time * heads * keys * values
+    each, tensor, gates = tokens // 16 * 4, 2 * tokens * keys, 4 * tokens * keys   # chunks of a warp; bf16; float32 g
+    kept = 4 * tokens // 64 * keys * values
+    name = f"delta_rule, B{batch} T{time} H{heads} K{keys} V{values}, RWKV-7, bf16"
+    forward = Launch(
+        "delta_rule_chunk_kernel<true, true>", blocks=batch * heads, dynamic_shared=49152,
+        bytes_moved=6 * tensor + gates,   # q, k, v, a, b, y
+        iterations={"BAR HMMA.1688": each, "HMMA.1688 -BAR": each},
+    )
+    backward = Launch(
+        "delta_rule_backward_kernel<Bf16, Shape<4, 1, 4> >", blocks=batch * heads, dynamic_shared=99328,
+        bytes_moved=11 * tensor + 2 * gates + kept,   # q, k, v, a, b, dy, and five gradients; g, dg; states
+        iterations={
+            "MUFU.EX2 -HMMA.1688": each, "MUFU.EX2 HMMA.1688": each,          # forward again; the gradient
+            "HMMA.1688 SHFL -MUFU.EX2": 4 * each, "HMMA.16816 SHFL -MUFU.EX2": 4 * each,   # pairs of tokens, by level
+            "HMMA.16816 -SHFL": 4 * each, "HMMA.1688 -SHFL": 4 * each,        # products with the state, and into it
+        },
+    )
+    return (Work(f"{name}, forward", "state", states, (forward,), goal=0.6e-3),
+            Work(f"{name}, backward", "state", states, (backward,), goal=1.7e-3))
+
+
+def delta_rule_step(batch: int, heads: int) -> Work:
+    keys = values = 64
+    size = batch * heads * keys * values
+    moved = 2 * 4 * size + batch * heads * (6 * 2 + 4) * keys
+    step = Launch("delta_rule_step_kernel<true, 8, 2, float>", blocks=batch * heads, bytes_moved=moved)
+    name = f"delta_rule_step, B{batch} H{heads} K{keys} V{values}, 32-bit state, bf16"
+    return Work(name, "state", size, (step,), goal=1.1 * moved / H200_BANDWIDTH)
+
+
 def gated_delta_rule(batch: int, time: int, heads: int) -> tuple[Work, Work]:
     keys = values = 128
     tokens, states = batch * time * heads, batch * time * heads * keys * values
@@ -255,6 +289,8 @@ def gated_delta_rule_step(batch: int, heads: int) -> Work:
 
 
 WORKS = (
+    *delta_rule(8, 4096, 64),
+    delta_rule_step(64, 64),
     *gated_delta_rule(8, 4096, 16),
     gated_delta_rule_step(64, 16),
     *selective_scan(8, 2048, 4096),

@@ -52,11 +52,11 @@ def _tensors_of(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _step(op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """The first token through the step, from the state that an empty sequence leaves."""
     assert op.step is not None
-    start = {n: v[:, :0] if n in op.time else v for n, v in arguments.items()} | {"return_state": True}
+    given = {n: arguments[n] for n in op.time if arguments.get(n) is not None}
+    start = arguments | {n: v[:, :0] for n, v in given.items()} | {"return_state": True}
     state = op.function(**start)[1]
-    options = {n: v for n, v in arguments.items() if n not in (*op.time, "state", "return_state")}
-    first = {n: arguments[n][:, 0] for n in op.time if n in arguments}
-    return op.step(state, **first, **options), state
+    options = {n: v for n, v in arguments.items() if n not in ("state", "return_state")}
+    return op.step(state, **options | {n: v[:, 0] for n, v in given.items()}), state
 
 
 def _steps(op: Op, sample: Sample) -> bool:

@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   const Tensor y = in_huge_pages<twin>(new_tensor(q, outputs, q.scalar_type()));
   const Tensor last = return_state ? new_tensor(q, states, ScalarType::Float) : absent(q);
   const Tensor kept = keep ? in_huge_pages<twin>(new_tensor(q, slots, ScalarType::Float)) : absent(q);
+  if (twin == Twin::cuda && keep && args.packed) torch::stable::fill_(Tensor(kept), 0);   // slots that no token needs
   if (args.invalid()) {
     fill_nan({y, last, kept});
     return {y, last, kept};

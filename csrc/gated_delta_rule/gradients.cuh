@@ -152,10 +152,12 @@ struct Gradients : Chunk {
     for (int w = 0; w < kChunkWarps; ++w) total += memory[at.tokens + (2 + w) * kC + threadIdx.x];
     partial.g[offset + token(t + int(threadIdx.x))] = total;
   }
-  // dq, and what k gets as it is read, into the places of dQr and dKr; then what it gets as it is written.
+  // dq, and what k gets as it is read, into the places of dQr and dKr; then what it gets as it is written. To dg of a
+  // token comes each product that its decay is a factor of, and nothing that has to leave again: fast decays leave
+  // little, which differences of sums over the chunk would lose.
   __device__ __forceinline__ void gradients_of_key(float (&dg)[kC], int t, int key) const {
     float *const dq = memory + at.Q + key, *const dr = memory + at.K + key, *const dw = memory + at.A + key;
-    float k[kC], a[kC];
+    float k[kC], a[kC], q[kC];
     load_key(k, s.k, shared_head(), t, key);
     if (s.g && !s.one_decay) load_key(a, s.g, head, t, key);
 #pragma unroll
@@ -164,23 +166,33 @@ struct Gradients : Chunk {
 #pragma unroll
     for (int i = 0; i < kC; ++i) {
       in *= a[i];
-      float w = 1.f, sum = s.scale * in * dq[i * at.key_stride], read = in * dr[i * at.key_stride];
+      const float own = i < left(t) && key < int(s.keys) ? load(s.q, of_head(s.q, shared_head(), t + i) + key) : 0.f;
+      float w = 1.f, sum = s.scale * in * dq[i * at.key_stride], read = in * dr[i * at.key_stride], through[kC];
+      float before = fmaf(own, sum, k[i] * read);   // products with the state and the tokens before m
 #pragma unroll
       for (int j = i; j >= 0; --j) {
-        const float kept = w * k[j];
-        sum = fmaf(s.scale * memory[at.Aqk + i * kSmall + j], kept, sum);
-        if (j < i) read = fmaf(memory[at.P + i * kSmall + j], kept, read);
+        const float kept = w * k[j], qk = s.scale * memory[at.Aqk + i * kSmall + j];
+        const float kk = j < i ? memory[at.P + i * kSmall + j] : 0.f;
+        sum = fmaf(qk, kept, sum);
+        if (j < i) read = fmaf(kk, kept, read);
+        through[j] = fmaf(qk, own, kk * k[i]) * kept;
         w *= a[j];
+      }
+#pragma unroll
+      for (int m = 0; m <= i; ++m) {
+        dg[m] += before;
+        before += through[m];
       }
       dq[i * at.key_stride] = sum;
       dr[i * at.key_stride] = read;
     }
-    float q[kC], out = 1.f, sum = memory[at.last + key] * memory[at.more + key];
-    load_key(q, s.q, shared_head(), t, key);
+    float out = 1.f;
+    load_key(q, s.q, shared_head(), t, key);   // again: registers are few
 #pragma unroll
     for (int j = kC - 1; j >= 0; --j) {
       float w = 1.f, written = out * dw[j * at.key_stride];
-      sum = fmaf(k[j], written, sum);
+#pragma unroll
+      for (int m = j + 1; m < kC; ++m) dg[m] = fmaf(k[j], written, dg[m]);   // with the state after the chunk
 #pragma unroll
       for (int i = j; i < kC; ++i) {
         if (i > j) w *= a[i];
@@ -188,17 +200,16 @@ struct Gradients : Chunk {
         written = fmaf(i > j ? fmaf(memory[at.P + i * kSmall + j], k[i], qk) : qk, w, written);
       }
       out *= a[j];
-      dg[j] = written;
+      dw[j * at.key_stride] = written;
     }
+    const float whole = memory[at.last + key] * memory[at.more + key];
 #pragma unroll
-    for (int i = kC - 1; i >= 0; --i) {
-      const float from_q = dq[i * at.key_stride], read = dr[i * at.key_stride], written = dg[i];
-      sum += fmaf(q[i], from_q, k[i] * (read - written));
-      dg[i] = sum;
+    for (int i = 0; i < kC; ++i) {
+      dg[i] += whole;
       if (i < left(t) && key < int(s.keys)) {
         const int64_t to = (offset + token(t + i)) * s.keys + key;
-        partial.q[to] = from_q;
-        partial.k[to] = read + written;
+        partial.q[to] = dq[i * at.key_stride];
+        partial.k[to] = dr[i * at.key_stride] + dw[i * at.key_stride];
       }
     }
   }

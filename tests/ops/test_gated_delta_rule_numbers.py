@@ -44,6 +44,14 @@ def test_the_gradient_of_weak_and_strong_decays_over_long_sequences(most, gate, 
     check_gradients(arguments, backend)
 
 
+@pytest.mark.parametrize("backend", testing.backends(OP))
+@pytest.mark.parametrize("gate", ["head", "key"])
+def test_the_little_that_fast_decays_leave_keeps_its_digits(gate, backend):
+    arguments = drawn(20, 12, 16, gate=gate) | {"return_state": True, "state": None}
+    arguments["g"] = arguments["g"] - 10
+    check_gradients(arguments, backend)
+
+
 @on_backends
 @on_gates
 def test_value_heads_share_keys(gate, backend):

@@ -102,8 +102,8 @@ def test_a_step_with_grad_mode_on_is_refused(op):
     arguments.pop("cu_seqlens", None)
     with torch.no_grad():
         _, state = op.function(**arguments)
-    options = {n: v for n, v in arguments.items() if n not in (*op.time, "state", "return_state")}
     token = {n: arguments[n][:, 0] for n in op.time if arguments.get(n) is not None}
+    options = {n: v for n, v in arguments.items() if n not in (*token, "state", "return_state")}
     token[op.time[0]].requires_grad_()
     with pytest.raises(RuntimeError, match=f"pyseq.{op.name}_step has no gradient"):
         op.step(state, **token, **options)
@@ -121,7 +121,7 @@ def test_a_float64_state_needs_float64_data(op):
         _, state = op.function(**(arguments | {"state": None}))
         with pytest.raises(TypeError, match=f"^{op.name}: state has dtype float64"):
             op.function(**(arguments | {"state": state.double()}))
-        options = {n: v for n, v in arguments.items() if n not in (*op.time, "state", "return_state")}
         token = {n: arguments[n][:, 0] for n in op.time if arguments.get(n) is not None}
+        options = {n: v for n, v in arguments.items() if n not in (*token, "state", "return_state")}
         with pytest.raises(TypeError, match=f"^{op.name}_step: state has dtype float64"):
             op.step(state.double(), **token, **options)
